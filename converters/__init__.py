@@ -1,0 +1,26 @@
+"""convert-drafter: turn a published speculative-decoding drafter into a GGUF, with every fact checked.
+
+The public Python face; the command line calls the same functions. torch and transformers are not imported here.
+"""
+
+from __future__ import annotations
+
+from convert_drafter.converters.convert import Conversion, ConvertJob, Report, convert, prepare, write_conversion
+from convert_drafter.converters.errors import DrafterError, MissingEngine, Problems, WrongInput, WrongUsage
+from convert_drafter.converters.inspection import Inspection, inspect
+
+__all__ = [
+    "Conversion",
+    "ConvertJob",
+    "DrafterError",
+    "Inspection",
+    "MissingEngine",
+    "Problems",
+    "Report",
+    "WrongInput",
+    "WrongUsage",
+    "convert",
+    "inspect",
+    "prepare",
+    "write_conversion",
+]

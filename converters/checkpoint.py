@@ -1,0 +1,299 @@
+"""A published checkpoint's safetensors: every header is checked before any data is read, rows are read on request.
+
+Format (https://huggingface.co/docs/safetensors): 8 bytes little-endian header length, a JSON header, the data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import reprlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from convert_drafter.converters.errors import Problems, WrongInput
+
+Array = npt.NDArray[Any]
+Headers = dict[str, "TensorHeader"]
+DTYPES: dict[str, np.dtype[Any]] = {
+    "BOOL": np.dtype("?"), "U8": np.dtype("u1"), "I8": np.dtype("i1"), "U16": np.dtype("<u2"), "I16": np.dtype("<i2"),
+    "U32": np.dtype("<u4"), "I32": np.dtype("<i4"), "U64": np.dtype("<u8"), "I64": np.dtype("<i8"),
+    "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16), "F32": np.dtype("<f4"), "F64": np.dtype("<f8"),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+}  # fmt: skip
+SLAB_BYTES = 16 * 2**20
+HEADER_LIMIT = 100_000_000  # bytes; safetensors refuses longer headers too
+COUNT_LIMIT, MAX_DIMS = 2**63, 8  # what stays within numpy's reach
+WEIGHTS, INDEX, CONFIG = ".safetensors", ".safetensors.index.json", "config.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+NO_PICKLE = "pickle files are never opened"
+PART = re.compile(r"(.*)-\d{1,9}-of-(\d{1,9})\.safetensors")
+MEND = "download the file again or use another release"
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """A tensor as its file describes it: shape in torch order, `start` and `end` are byte positions in `file`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    end: int
+
+    @property
+    def n_bytes(self) -> int:
+        return self.end - self.start
+
+    @property
+    def rows(self) -> int:
+        """Slices along the first axis; a tensor without axes has one."""
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.shape[1:]) * DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose headers hold; `root` is the folder of config.json, `tensors` are sorted by name."""
+
+    root: Path
+    config_path: Path
+    config: dict[str, object]
+    tensors: Headers
+    files: tuple[Path, ...]
+    header_sha256: dict[str, str]  # file name -> digest of its JSON header, without the 8 length bytes
+
+
+def open_checkpoint(source: Path) -> Checkpoint:
+    """Read and check the headers and config of a folder or of one .safetensors file; no tensor data is read.
+
+    Raises `WrongInput` where nothing can be read, `Problems` with everything that is wrong in the files.
+    """
+    with _reading(source):
+        folder, files, weight_map = _find_weights(source)
+        config_path = _find_config(source, folder)
+        config = _json_object(str(config_path), config_path.read_bytes())
+    problems = _missing_parts(files) if weight_map is None else []
+    read = {file.name: _read_header(file, problems) for file in files}
+    headers = {name: tensors for name, (tensors, _) in read.items()}
+    # After a damaged header its tensors would show again, as absent ones.
+    if problems := problems or _misplaced(weight_map, headers):
+        raise Problems(str(folder), problems)
+    tensors = {name: found[name] for found in headers.values() for name in found}
+    if not tensors:
+        raise WrongInput(f"{folder}: found no tensor in {_names(files)}, expected a drafter's weights; {MEND}")
+    digests = {name: digest for name, (_, digest) in read.items()}
+    return Checkpoint(config_path.parent, config_path, config, dict(sorted(tensors.items())), files, digests)
+
+
+def read_rows(tensor: TensorHeader, start: int, stop: int) -> Array:
+    """Rows start..stop of the first axis, `(stop - start, *shape[1:])`; a tensor without axes gives shape (1,).
+
+    Raises `WrongInput` if the file got shorter since its header was read, IndexError for rows it does not have.
+    """
+    if not 0 <= start <= stop <= tensor.rows:
+        raise IndexError(f"tensor {tensor.name!r}: rows {start}..{stop} of {tensor.rows}")
+    rows = np.empty((stop - start, *tensor.shape[1:]), DTYPES[tensor.dtype])
+    # A plain read and no mmap: mapped pages would count as resident memory for the whole run.
+    with _reading(tensor.file), tensor.file.open("rb") as file:
+        file.seek(tensor.start + start * tensor.row_bytes)
+        found = file.readinto(rows.reshape(-1).view(np.uint8).data)
+    if found != rows.nbytes:
+        text = f"found {found} bytes of rows {start}..{stop}, expected {rows.nbytes}; the file changed, start again"
+        raise WrongInput(f"{tensor.file}: tensor {tensor.name!r}: {text}")
+    return rows
+
+
+def slabs(tensor: TensorHeader, max_bytes: int = SLAB_BYTES) -> Iterator[Array]:
+    """All rows of a tensor in order, as many at a time as fit `max_bytes`, at least one."""
+    step = max(1, max_bytes // max(1, tensor.row_bytes))
+    for start in range(0, tensor.rows, step):
+        yield read_rows(tensor, start, min(start + step, tensor.rows))
+
+
+def _find_weights(source: Path) -> tuple[Path, tuple[Path, ...], dict[str, str] | None]:
+    """(folder of the weights, its weight files, the index's weight_map where it has an index)."""
+    if not source.is_dir():
+        if source.suffix == WEIGHTS:
+            return source.parent, (source,), None
+        raise WrongInput(f"{source}: expected an existing folder or a {WEIGHTS} file; {NO_PICKLE}")
+    below = sorted(filter(Path.is_dir, source.iterdir()))
+    folders = [folder for folder in (source, *below) if _files(folder, (INDEX, WEIGHTS))]
+    if not folders:
+        looked = f"looked for *{INDEX}, *{WEIGHTS} and one sub-folder that holds them"
+        raise WrongInput(f"{source}: no weights: {looked}; found {_names(_files(source, PICKLES))}; {NO_PICKLE}")
+    if folders[0] != source and len(folders) > 1:
+        raise WrongInput(f"{source}: found weights in {_names(folders)}, expected one sub-folder: give the right one")
+    return (folders[0], *_weights_in(folders[0]))
+
+
+def _weights_in(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
+    indexes = _files(folder, INDEX)
+    if len(indexes) > 1:
+        raise WrongInput(f"{folder}: found several indexes ({_names(indexes)}), expected one: remove the stale one")
+    if not indexes:
+        return _files(folder, WEIGHTS), None
+    where = str(indexes[0])
+    weight_map = _json_object(where, indexes[0].read_bytes()).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise WrongInput(f"{where}: weight_map: found {reprlib.repr(weight_map)}, expected tensors and shards; {MEND}")
+    beside = {path.name for path in _files(folder, WEIGHTS)}  # so a shard can only be a plain name in this folder
+    shards = {shard if isinstance(shard, str) else reprlib.repr(shard) for shard in weight_map.values()}
+    if missing := sorted(shards - beside):
+        raise Problems(where, [f"shard {shard!r}: not found beside the index; download it" for shard in missing])
+    return tuple(folder / shard for shard in sorted(shards)), weight_map
+
+
+def _find_config(source: Path, folder: Path) -> Path:
+    """config.json beside the weights, or above them when they were found in a sub-folder."""
+    places = dict.fromkeys([folder / CONFIG, (source if source.is_dir() else folder) / CONFIG])
+    for place in filter(Path.exists, places):
+        return place
+    raise WrongInput(f"{' or '.join(map(str, places))}: not found; download it with the weights")
+
+
+def _missing_parts(files: tuple[Path, ...]) -> list[str]:
+    """Without an index the file names are the only witness of a shard that was not downloaded."""
+    parts = Counter(match.groups() for file in files if (match := PART.fullmatch(file.name)))
+    return [
+        f"{stem}-*{WEIGHTS}: found {found} of {int(count)} parts; give the folder that holds all of them"
+        for (stem, count), found in parts.items()
+        if found != int(count)
+    ]
+
+
+def _read_header(path: Path, problems: list[str]) -> tuple[Headers, str]:
+    """The tensors of one file and the sha256 of its header; what is wrong is added to `problems`."""
+    tensors: Headers = {}
+    faults: list[str] = []
+    raw = b""  # of an unreadable file
+    try:
+        raw, size = _header_bytes(path)
+        for name, entry in _json_object("header", raw).items():
+            if name != "__metadata__":
+                try:
+                    tensors[name] = _tensor(path, name, entry, 8 + len(raw))
+                except WrongInput as error:
+                    faults.append(str(error))
+        faults = faults or _layout_faults(list(tensors.values()), 8 + len(raw), size)
+    except WrongInput as error:
+        faults = [str(error)]
+    problems += [f"{path.name}: {fault}; {MEND}" for fault in faults]
+    return tensors, hashlib.sha256(raw).hexdigest()
+
+
+def _header_bytes(path: Path) -> tuple[bytes, int]:
+    """(JSON header, size of the file); the length is held against the file before it is believed."""
+    with _reading(path), path.open("rb") as file:
+        size = path.stat().st_size
+        head = file.read(8)
+        if head == b"version ":
+            raise WrongInput("found a git-lfs pointer, expected the file it stands for: `git lfs pull`")
+        length = int.from_bytes(head, "little")
+        if 8 + length > size:
+            raise WrongInput(f"truncated, or no safetensors: found {size} bytes, expected at least {8 + length}")
+        if length > HEADER_LIMIT:
+            raise WrongInput(f"header length: found {length}, expected at most {HEADER_LIMIT}")
+        return file.read(length), size
+
+
+def _tensor(path: Path, name: str, entry: object, data_start: int) -> TensorHeader:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        _fault(name, "entry", entry, "an object of dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        _fault(name, "dtype", dtype, f"one of {', '.join(DTYPES)}")
+    if not _counts(shape) or len(shape) > MAX_DIMS or math.prod(max(1, n) for n in shape) >= COUNT_LIMIT:
+        _fault(name, "shape", shape, f"at most {MAX_DIMS} whole numbers, their product below 2^63")
+    if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        _fault(name, "data_offsets", offsets, "[begin, end] with 0 <= begin <= end")
+    n_bytes = math.prod(shape) * DTYPES[dtype].itemsize
+    if offsets[1] - offsets[0] != n_bytes:
+        _fault(name, "data_offsets", offsets, f"{n_bytes} bytes between them for {dtype} {shape}")
+    return TensorHeader(name, dtype, tuple(shape), path, data_start + offsets[0], data_start + offsets[1])
+
+
+def _layout_faults(tensors: list[TensorHeader], data_start: int, size: int) -> list[str]:
+    """The tensors have to fill their file: in bounds, no overlap, no hole, nothing after them."""
+    end = max((tensor.end for tensor in tensors), default=data_start)
+    if end > size:
+        first = min((tensor for tensor in tensors if tensor.end > size), key=lambda tensor: tensor.start)
+        return [f"truncated: the header promises {end} bytes, the file has {size}; tensor {first.name!r} is cut"]
+    faults, at = [], data_start
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.end)):
+        if tensor.start != at:
+            what = "overlaps the tensor before it" if tensor.start < at else "leaves a hole before it"
+            faults.append(f"tensor {tensor.name!r}: {what}: found position {tensor.start}, expected {at}")
+        at = max(at, tensor.end)
+    return faults + ([f"found {size - at} bytes after the last tensor, expected none"] if at < size else [])
+
+
+def _misplaced(weight_map: dict[str, str] | None, headers: dict[str, Headers]) -> list[str]:
+    """Tensors that are not where the index, or without one the first file that holds them, says they are."""
+    places = weight_map or {name: file for file in reversed(headers) for name in headers[file]}
+    found = {(name, file) for file, tensors in headers.items() for name in tensors}
+    absent = [f"{file}: tensor {name!r}: in the index, absent here" for name, file in places.items() - found]
+    unknown = [
+        f"{file}: tensor {name!r}: found here, expected only in {places.get(name, 'no file, the index lacks it')}"
+        for name, file in found - places.items()
+    ]
+    return [f"{fault}; keep the files of one release" for fault in sorted(absent) + sorted(unknown)]
+
+
+def _counts(values: object) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < COUNT_LIMIT for value in values)
+
+
+def _fault(name: str, field: str, found: object, expected: str) -> NoReturn:
+    raise WrongInput(f"tensor {name!r}: {field}: found {reprlib.repr(found)}, expected {expected}")
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise WrongInput(f"{error.filename or path}: cannot be read: {error.strerror or error}") from error
+
+
+def _json_object(where: str, raw: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(raw.decode("utf-8"), object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        raise WrongInput(f"{where}: not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise WrongInput(f"{where}: found {reprlib.repr(found)}, expected a JSON object")
+    return found
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    "".join(found).encode("utf-8")  # raises on half a surrogate pair, which could be neither shown nor written
+    if len(found) < len(pairs):
+        raise ValueError(f"duplicate key {Counter(name for name, _ in pairs).most_common(1)[0][0]!r}")
+    return found
+
+
+def _names(paths: Iterable[Path]) -> str:
+    return ", ".join(path.name for path in paths) or "none"
+
+
+def _files(folder: Path, suffixes: str | tuple[str, ...]) -> tuple[Path, ...]:
+    """Files by suffix, hidden ones aside; a dangling link stays in, so that it is reported and not skipped."""
+    found = (path for path in folder.iterdir() if path.name.endswith(suffixes) and not path.name.startswith("."))
+    return tuple(sorted(path for path in found if not path.is_dir()))

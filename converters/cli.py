@@ -1,0 +1,147 @@
+"""The `convert-drafter` command: parses, calls the library, prints. Results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from convert_drafter.converters import show
+from convert_drafter.converters.convert import ConvertJob, prepare, write_conversion
+from convert_drafter.converters.dialects import RUNTIMES
+from convert_drafter.converters.errors import DrafterError
+from convert_drafter.converters.inspection import inspect
+from convert_drafter.converters.provenance import tool_version
+from convert_drafter.converters.recipes import RECIPES
+
+INPUT = click.Path(path_type=Path)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+INTERRUPTED = 130  # what a shell reports for a process ended by Ctrl-C
+
+
+def settings_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--set", "settings", multiple=True, metavar="KEY=VALUE", callback=parse_settings,
+        help="Give or correct a config fact, e.g. --set dflash_config.block_size=16. Recorded in the file.",
+    )(command)  # fmt: skip
+
+
+def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(command)
+
+
+def parse_settings(context: click.Context, parameter: click.Parameter, values: Sequence[str]) -> dict[str, str]:
+    pairs = [value.partition("=") for value in values]
+    for key, equals, _ in pairs:
+        if not key or not equals:
+            raise click.BadParameter("expected KEY=VALUE", context, parameter)
+    return {key: text for key, _, text in pairs}
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(tool_version(), prog_name="convert-drafter")
+def cli() -> None:
+    """Turn a published speculative-decoding drafter into a GGUF, with every fact checked."""
+
+
+@cli.command()
+@click.argument("source", type=INPUT)
+@click.option("--target", type=INPUT, help="The target's Hugging Face folder or GGUF: tokenizer, depth, hidden size.")
+@click.option("--for", "runtime", type=click.Choice(RUNTIMES), required=True, help="The runtime that will load it.")
+@click.option("--quant", "recipe", type=click.Choice(list(RECIPES)), required=True, help="How weights are stored.")
+@click.option("-o", "--out", type=INPUT, required=True, help="The GGUF to write.")
+@click.option("--dry-run", is_flag=True, help="Show the plan; read no tensor data, write nothing.")
+@click.option("--strict", is_flag=True, help="Treat every warning as an error.")
+@click.option("--ignore-tensor", "ignore", multiple=True, metavar="GLOB", help="Leave a source tensor out on purpose.")
+@settings_option
+@json_option
+def convert(dry_run: bool, as_json: bool, **options: Any) -> None:
+    """Convert SOURCE, a checkpoint folder or .safetensors file, to a GGUF.
+
+    \b
+    convert-drafter convert Qwen3.6-27B-DFlash --target Qwen3.6-27B \\
+        --for llama.cpp --quant Q8_0 -o dflash-Qwen3.6-27B-Q8_0.gguf
+    """
+    conversion = prepare(ConvertJob(**options))
+    show.warnings(errors, conversion.warnings)
+    if dry_run:
+        emit(as_json, show.plan_json(conversion), lambda: show.plan(conversion))
+        return
+    with progress(conversion.job.out.name, conversion.plan.n_bytes) as advance:
+        report = write_conversion(conversion, advance)
+    emit(as_json, show.report_json(report), lambda: show.report(report))
+
+
+@cli.command("inspect")
+@click.argument("path", type=INPUT)
+@settings_option
+@json_option
+def inspect_command(path: Path, settings: dict[str, str], as_json: bool) -> None:
+    """Show kind, facts (each with the place it came from) and tensors of a checkpoint or a GGUF.
+
+    \b
+    convert-drafter inspect Qwen3.6-27B-DFlash
+    """
+    inspection = inspect(path, settings)
+    show.warnings(errors, inspection.warnings)
+    emit(as_json, inspection.as_json(), lambda: show.inspection(inspection))
+
+
+@cli.command("list")
+@click.argument("what", type=click.Choice(list(show.LISTS)))
+@json_option
+def list_command(what: str, as_json: bool) -> None:
+    """List what is supported.
+
+    \b
+    convert-drafter list dialects
+    """
+    rows = show.LISTS[what]()
+    emit(as_json, rows, lambda: show.listing(rows))
+
+
+def emit(as_json: bool, data: Any, text: Callable[[], str]) -> None:
+    click.echo(json.dumps(data, indent=2, default=str) if as_json else text())
+
+
+@contextmanager
+def progress(name: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr when it is a terminal; yields the function to tell bytes to."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=errors, disable=not errors.is_terminal) as bar:
+        task = bar.add_task(name, total=total)
+        yield lambda n: bar.advance(task, n)
+
+
+def main() -> NoReturn:
+    """Entry point: every foreseeable failure is one message and an exit code, never a traceback."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except DrafterError as error:
+        fail(str(error), error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        fail("interrupted; nothing was left behind", INTERRUPTED)
+    except BrokenPipeError:
+        sys.exit(0)  # the reader of our output, such as `head`, has seen enough
+    except OSError as error:
+        fail(f"{error.filename or 'input'}: {error.strerror or error}", DrafterError.exit_code)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    click.echo(f"error: {message}", err=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

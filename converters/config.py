@@ -1,0 +1,157 @@
+"""ConfigReader: typed reads of a raw config.json that remember where every fact came from.
+
+The raw JSON is read, never a library's idea of it: transformers fills missing keys with its own defaults, which is
+how a missing theta becomes 10000 without a word.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar, cast
+
+from convert_drafter.converters.errors import WrongInput, WrongUsage
+
+T = TypeVar("T")
+JSON_NAMES = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string"}
+ADVICE = "if you know it, give it with --set {path}=VALUE"
+
+
+def lookup(config: Mapping[str, Any], path: str) -> Any:
+    """The value at a dotted path; null, a missing key and a parent that is no object are all None."""
+    value: Any = config
+    for part in path.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted paths of every value that is not null and not an object."""
+    for key, value in config.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{path}.")
+        elif value is not None:
+            yield path
+
+
+def override(config: Mapping[str, Any], settings: Mapping[str, str]) -> dict[str, Any]:
+    """A copy of `config` with the user's `--set PATH=JSON` values in it (bare words count as strings)."""
+    out = cast(dict[str, Any], json.loads(json.dumps(config)))
+    for path, text in settings.items():
+        *parents, last = path.split(".")
+        node = out
+        for parent in parents:
+            if not isinstance(node.get(parent), dict):
+                node[parent] = {}
+            node = node[parent]
+        if not last:
+            raise WrongUsage(f"--set {path}={text}: expected KEY=VALUE or PARENT.KEY=VALUE")
+        try:
+            node[last] = json.loads(text)
+        except json.JSONDecodeError:
+            node[last] = text
+    return out
+
+
+class ConfigReader:
+    """Reads one config; `where` names it in messages, `settings` are the user's own facts.
+
+    `origins` maps each spec field to the place its value came from; `warnings` collects what is doubtful.
+    """
+
+    def __init__(self, raw: Mapping[str, Any], where: str, settings: Mapping[str, str] | None = None) -> None:
+        self.settings = dict(settings or {})
+        self.raw = override(raw, self.settings)
+        self.where = where
+        self.origins: dict[str, str] = {}
+        self.warnings: list[str] = []
+        self._read: set[str] = set()
+
+    # --- reading ---
+
+    def find(self, field: str, kind: type[T], *paths: str) -> T | None:
+        """The value at the first path that is set, or None. Paths that are set and disagree are an error."""
+        values = {path: self._typed(kind, path) for path in paths}
+        found = {path: value for path, value in values.items() if value is not None}
+        if not found:
+            return None
+        path, value = next(iter(found.items()))
+        if any(other != value for other in found.values()):
+            shown = ", ".join(f"{p} = {v!r}" for p, v in found.items())
+            raise self.error(field, f"two places disagree: {shown}", "one value; settle it with --set")
+        self.note(field, path)
+        return value
+
+    def get(self, field: str, kind: type[T], *paths: str) -> T:
+        """Like `find`, but a value that is nowhere is an error naming every place looked at."""
+        value = self.find(field, kind, *paths)
+        if value is None:
+            raise self.missing(field, JSON_NAMES.get(kind, "a value"), *paths)
+        return value
+
+    def find_list(self, field: str, kind: type[T], *paths: str) -> tuple[T, ...] | None:
+        """Like `find` for an array of `kind`."""
+        found = self.find(field, list, *paths)
+        if found is None:
+            return None
+        path = self.origins[field]
+        return tuple(self._convert(kind, item, f"{path}[{n}]") for n, item in enumerate(found))
+
+    def expect(self, path: str, allowed: Any, meaning: str) -> None:
+        """State an assumption: the value at `path`, when set, is `allowed`; otherwise an error saying what it means."""
+        self._read.add(path)
+        value = lookup(self.raw, path)
+        if value is not None and value != allowed:
+            raise self.error(path, f"found {value!r}", f"{allowed!r}; {meaning}")
+
+    def section(self, path: str) -> Mapping[str, Any]:
+        """The object at `path`, or an empty one; what is no object is passed over (T-6)."""
+        value = lookup(self.raw, path)
+        return value if isinstance(value, Mapping) else {}
+
+    def ignore(self, *paths: str) -> None:
+        """Mark keys as known and without meaning for the drafter."""
+        self._read.update(paths)
+
+    # --- reporting ---
+
+    def note(self, field: str, origin: str) -> None:
+        self._read.add(origin)
+        if origin in self.settings:
+            origin = f"--set {origin}"
+        self.origins[field] = origin
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(f"{self.where}: {message}")
+
+    def unread(self) -> list[str]:
+        """Keys that nobody read and nobody knows to be meaningless."""
+        return [p for p in leaves(self.raw) if not any(p == r or p.startswith(f"{r}.") for r in self._read)]
+
+    def error(self, what: str, found: str, expected: str) -> WrongInput:
+        return WrongInput(f"{self.where}: {what}: {found}, expected {expected}")
+
+    def missing(self, field: str, expected: str, *paths: str) -> WrongInput:
+        places = " or ".join(paths)
+        advice = ADVICE.format(path=paths[0])
+        return self.error(field, f"missing (looked at {places})", f"{expected}; {advice}")
+
+    # --- conversion ---
+
+    def _typed(self, kind: type[T], path: str) -> T | None:
+        self._read.add(path)
+        value = lookup(self.raw, path)
+        return None if value is None else self._convert(kind, value, path)
+
+    def _convert(self, kind: type[T], value: Any, path: str) -> T:
+        """The only casts are int to float and a whole float to int; a bool is never a number."""
+        if kind in (int, float) and isinstance(value, int | float) and not isinstance(value, bool):
+            if kind is float and math.isfinite(value):
+                return cast(T, float(value))
+            if kind is int and math.isfinite(value) and value == int(value):
+                return cast(T, int(value))
+        elif kind not in (int, float) and isinstance(value, kind):
+            return value
+        raise self.error(path, f"found {value!r}", JSON_NAMES.get(kind, "an array" if kind is list else kind.__name__))

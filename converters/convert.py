@@ -1,0 +1,254 @@
+"""Convert: a published checkpoint in, a GGUF out. A job goes in, a report comes out; nothing is printed here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFValueType
+
+from convert_drafter.converters import provenance
+from convert_drafter.converters.checkpoint import Checkpoint, TensorHeader, open_checkpoint, read_rows
+from convert_drafter.converters.config import ConfigReader
+from convert_drafter.converters.dialects import Cell, check, find_cell, write
+from convert_drafter.converters.drafters import Kind, detect
+from convert_drafter.converters.errors import BadFact, Problems, WrongInput, WrongUsage
+from convert_drafter.converters.gguf_file import KeyValue, StoredTensor, write_gguf
+from convert_drafter.converters.ops import Array
+from convert_drafter.converters.plan import Plan, PlannedTensor, match_tensors, plan_tensors
+from convert_drafter.converters.recipes import RECIPES, Recipe
+from convert_drafter.converters.spec import DrafterSpec
+from convert_drafter.converters.target import Target, read_target, target_tokenizer
+from convert_drafter.converters.tokenizer import Tokenizer
+from convert_drafter.quant import QuantType, quantize
+
+SLAB_WEIGHTS = 4 << 20  # 16 MiB of f32 at a time: bounded memory, few enough reads
+QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION in ggml.h
+
+
+@dataclass(frozen=True)
+class ConvertJob:
+    """What to convert. `settings` are the user's own config values (dotted path -> JSON text)."""
+
+    source: Path
+    target: Path | None
+    runtime: str
+    recipe: str
+    out: Path
+    strict: bool = False
+    ignore: tuple[str, ...] = ()
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Published:
+    """A checkpoint understood: its kind, its facts, and where each of them came from."""
+
+    checkpoint: Checkpoint
+    kind: Kind
+    reader: ConfigReader
+    spec: DrafterSpec
+    target: Target | None
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Everything decided, nothing written."""
+
+    job: ConvertJob
+    published: Published
+    cell: Cell
+    plan: Plan
+    keys: tuple[KeyValue, ...]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did; sizes in bytes."""
+
+    conversion: Conversion
+    out: Path
+    source_bytes: int
+    out_bytes: int
+
+    @property
+    def launch(self) -> str:
+        return launch_command(self.conversion)
+
+
+def read_published(
+    source: Path, target_path: Path | None = None, settings: Mapping[str, str] | None = None
+) -> Published:
+    """Open a checkpoint and read every fact. Raises `WrongInput` naming file and key."""
+    checkpoint = open_checkpoint(source)
+    reader = ConfigReader(checkpoint.config, str(checkpoint.config_path), settings)
+    kind = detect(reader, checkpoint.tensors)
+    target = None if target_path is None else read_target(target_path)
+    try:
+        spec = kind.read_spec(reader, checkpoint.tensors, target)
+    except BadFact as bad:
+        place = reader.origins.get(bad.field, bad.field)
+        raise reader.error(place, f"found {bad.found!r}", bad.expected) from bad
+    reader.ignore(*kind.ignored)
+    return Published(checkpoint, kind, reader, spec, target)
+
+
+def prepare(job: ConvertJob) -> Conversion:
+    """Decide everything about a conversion from headers alone. Raises with every problem; writes nothing."""
+    recipe = find_recipe(job.recipe)
+    published = read_published(job.source, job.target, job.settings)
+    spec, reader, target = published.spec, published.reader, published.target
+    cell = find_cell(published.kind.name, job.runtime)
+    tokenizer = _tokenizer(cell, job, spec)
+    refuse_overwriting(job.out, (*published.checkpoint.files, published.checkpoint.config_path, job.target))
+    kind = published.kind
+    matcher = match_tensors(spec, kind.rules(reader), kind.dropped(reader), published.checkpoint.tensors, job.ignore)
+    plan = plan_tensors(matcher, recipe, cell.tensor_name, cell.runtime)
+    if matcher.problems:
+        raise Problems(str(job.source), matcher.problems)
+    warnings = (
+        *reader.warnings,
+        *(f"{reader.where}: {path}: nobody reads this key" for path in reader.unread()),
+        *check(cell, spec),
+        *_pairing(spec, target, tokenizer),
+    )
+    if warnings and job.strict:
+        raise Problems(f"{job.source} (--strict)", warnings)
+    return Conversion(job, published, cell, plan, _keys(cell, recipe, published, job, tokenizer), warnings)
+
+
+def convert(job: ConvertJob, advance: Callable[[int], None] = lambda n: None) -> Report:
+    """Write the GGUF of a job. `advance` is told the bytes written. Raises before or instead of writing, never half."""
+    return write_conversion(prepare(job), advance)
+
+
+def write_conversion(conversion: Conversion, advance: Callable[[int], None] = lambda n: None) -> Report:
+    """Write what `prepare` decided; the file appears under its name complete or not at all."""
+    planned = {tensor.name: tensor for tensor in conversion.plan.tensors}
+    stored = [
+        StoredTensor(t.name, t.shape, GGMLQuantizationType(t.choice.type.ggml_id)) for t in conversion.plan.tensors
+    ]
+    head_dim = conversion.published.spec.head_dim
+    out = conversion.job.out
+    size = write_gguf(out, conversion.keys, stored, lambda t: encoded(planned[t.name], head_dim), advance)
+    source_bytes = sum(file.stat().st_size for file in conversion.published.checkpoint.files)
+    return Report(conversion, out, source_bytes, size)
+
+
+def encoded(tensor: PlannedTensor, head_dim: int) -> Iterator[Array]:
+    """The bytes of one output tensor, a slab of rows at a time."""
+    header, kind = tensor.header, tensor.choice.type
+    for start, stop in _slabs(header, head_dim if tensor.op.by_head else 1):
+        rows = tensor.op.apply(read_rows(header, start, stop), head_dim)
+        check_range(rows, kind, header, start)
+        if header.dtype == kind.name:
+            yield rows  # the same numbers: copied, not converted
+        else:
+            yield quantize(rows.astype(np.float32), kind)
+
+
+def _slabs(header: TensorHeader, multiple: int) -> Iterator[tuple[int, int]]:
+    """Row ranges of about SLAB_WEIGHTS weights that keep `multiple` rows together."""
+    rows = header.shape[0]
+    row = max(1, int(np.prod(header.shape[1:])))
+    step = max(multiple, SLAB_WEIGHTS // row // multiple * multiple)
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+def check_range(rows: Array, kind: QuantType, header: TensorHeader, first: int) -> None:
+    """Raise `WrongInput` naming tensor and row where a weight is NaN, infinite or too large for `kind`."""
+    with np.errstate(invalid="ignore"):
+        largest = np.abs(rows).max(initial=0).astype(np.float32)
+    if largest <= kind.largest:  # False for NaN
+        return
+    good = np.abs(rows.astype(np.float32)) <= kind.largest
+    where = np.argwhere(~good)[0]
+    value = float(rows[tuple(where)])
+    row = first + int(where[0])
+    advice = "the checkpoint is damaged" if not np.isfinite(value) else "choose --quant BF16 or F32"
+    raise WrongInput(
+        f"{header.file}: {header.name}: row {row}: found {value:g}, expected a finite number up to {kind.largest:g}"
+        f" ({kind.name}); {advice}"
+    )
+
+
+def find_recipe(name: str) -> Recipe:
+    if name not in RECIPES:
+        raise WrongUsage(f"unknown recipe {name!r}; there are: {', '.join(RECIPES)}")
+    return RECIPES[name]
+
+
+def refuse_overwriting(out: Path, sources: tuple[Path | None, ...]) -> None:
+    """A destination that is one of the sources, under whatever name or link, is refused (T-24)."""
+    if out.is_dir():
+        raise WrongUsage(f"{out}: is a folder, expected a file name ending in .gguf")
+    for source in sources:
+        if source is not None and out.exists() and source.exists() and out.samefile(source):
+            raise WrongUsage(f"{out}: is the same file as the source {source}; choose another output")
+
+
+def launch_command(conversion: Conversion) -> str:
+    """The exact line that runs the result beside its target."""
+    target = conversion.job.target
+    return conversion.cell.launch.format(
+        target=target if target is not None and target.is_file() else "TARGET.gguf",
+        drafter=conversion.job.out,
+        drafted=conversion.published.spec.block_size - 1,
+    )
+
+
+def _tokenizer(cell: Cell, job: ConvertJob, spec: DrafterSpec) -> Tokenizer | None:
+    if job.target is None:
+        if cell.tokenizer:
+            raise WrongUsage(
+                f"{cell.runtime} wants the target's tokenizer in the drafter's file; give --target with the target's"
+                " folder (config and tokenizer files are enough) or its GGUF"
+            )
+        return None
+    try:
+        return target_tokenizer(job.target, spec.vocab_size)
+    except WrongInput:
+        if cell.tokenizer:
+            raise
+        return None  # this runtime's file carries no tokenizer, so one that we cannot read does not matter
+
+
+def _pairing(spec: DrafterSpec, target: Target | None, tokenizer: Tokenizer | None) -> Iterator[str]:
+    """Doubts about drafter and target; what cannot work raises `WrongInput`."""
+    if target is not None and target.vocab_size != spec.vocab_size:
+        raise WrongInput(
+            f"vocab_size: the drafter has {spec.vocab_size}, the target {target.name} has {target.vocab_size};"
+            " a drafter uses its target's embedding, so they have to be equal"
+        )
+    if tokenizer is not None and tokenizer.mask_token_id not in (None, spec.mask_token_id):
+        yield (
+            f"mask token: the drafter's {spec.mask_token_id} is written, the target's tokenizer has"
+            f" {tokenizer.mask_token_id}"
+        )
+
+
+def _keys(
+    cell: Cell, recipe: Recipe, published: Published, job: ConvertJob, tokenizer: Tokenizer | None
+) -> tuple[KeyValue, ...]:
+    """All metadata of the file, in its order: general, the drafter's facts, our own, the tokenizer's."""
+    string, u32 = GGUFValueType.STRING, GGUFValueType.UINT32
+    checkpoint = published.checkpoint
+    repository, _ = provenance.source_of(checkpoint.root)
+    name = repository.split("/")[-1] if repository else checkpoint.root.resolve().name
+    return (
+        KeyValue("general.architecture", string, cell.arch),
+        KeyValue("general.type", string, "model"),
+        KeyValue("general.name", string, name),
+        KeyValue("general.file_type", u32, recipe.file_type),
+        KeyValue("general.quantization_version", u32, QUANTIZATION_VERSION),
+        *write(cell, published.spec),
+        *provenance.own_keys(checkpoint, dict(job.settings), published.target, tokenizer),
+        *(tokenizer.keys if tokenizer is not None and cell.tokenizer else ()),
+    )
+
+
+__all__ = ["ConvertJob", "Conversion", "Report", "convert", "prepare", "read_published", "write_conversion"]

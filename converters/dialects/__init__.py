@@ -1,0 +1,28 @@
+"""Runtimes and their dialects: one Cell for each (kind, runtime) pair that a runtime has a loader for."""
+
+from __future__ import annotations
+
+from convert_drafter.converters.dialects import ik_llama_cpp, llama_cpp, lucebox
+from convert_drafter.converters.dialects.cell import Cell, check, read, write
+from convert_drafter.converters.errors import WrongUsage
+
+CELLS: dict[tuple[str, str], Cell] = {
+    (cell.kind, cell.runtime): cell for cell in (llama_cpp.DFLASH, ik_llama_cpp.DFLASH, lucebox.DFLASH)
+}
+RUNTIMES: tuple[str, ...] = tuple(dict.fromkeys(runtime for _, runtime in CELLS))
+
+
+def find_cell(kind: str, runtime: str) -> Cell:
+    """The cell of a pair. Raises `WrongUsage` naming what that runtime does load."""
+    if (kind, runtime) not in CELLS:
+        loads = ", ".join(k for k, r in CELLS if r == runtime) or "nothing"
+        raise WrongUsage(f"{runtime} has no loader for {kind} drafters; it loads: {loads}")
+    return CELLS[kind, runtime]
+
+
+def cell_of_arch(arch: str) -> Cell | None:
+    """The cell whose files say `general.architecture = arch`."""
+    return next((cell for cell in CELLS.values() if cell.arch == arch), None)
+
+
+__all__ = ["CELLS", "RUNTIMES", "Cell", "cell_of_arch", "check", "find_cell", "read", "write"]

@@ -1,0 +1,181 @@
+"""Cell: one drafter kind in one runtime, as a table that works both ways.
+
+A row holds a GGUF key and a field path of the spec, never a function of one direction, so `write(spec)` and
+`read(keys)` come from the same line and what one writes the other gives back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from gguf import GGUFValueType
+
+from convert_drafter.converters.errors import Problems, WrongInput
+from convert_drafter.converters.gguf_file import KeyValue
+from convert_drafter.converters.roles import Role, TensorKey
+from convert_drafter.converters.spec import DrafterSpec, facts_of
+
+U32, F32, I32 = GGUFValueType.UINT32, GGUFValueType.FLOAT32, GGUFValueType.INT32
+BOOL, STRING, ARRAY = GGUFValueType.BOOL, GGUFValueType.STRING, GGUFValueType.ARRAY
+Facts = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How a fact is spelled in a key: `encode(value, facts)` and its inverse `decode(stored, facts)`."""
+
+    name: str
+    encode: Callable[[Any, Facts], Any]
+    decode: Callable[[Any, Facts], Any]
+
+
+SAME = Codec("SAME", lambda value, _: value, lambda stored, _: stored)
+ONE_BASED = Codec("ONE_BASED", lambda ids, _: tuple(k + 1 for k in ids), lambda stored, _: tuple(k - 1 for k in stored))
+# Width of all captured hidden states side by side; the count of capture layers is known from its own row above.
+ALL_CAPTURES = Codec(
+    "ALL_CAPTURES",
+    lambda width, facts: width * len(facts["capture_layers"]),
+    lambda stored, facts: stored // len(facts["capture_layers"]),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """`key` with `{a}` for the architecture; `element` is set for an array. An F32 key keeps 24 bits of a float."""
+
+    key: str
+    type: GGUFValueType
+    field: str
+    codec: Codec = SAME
+    element: GGUFValueType | None = None
+
+
+@dataclass(frozen=True)
+class Count:
+    """A key that repeats the length of a list; the reader checks it and learns nothing from it (T-2)."""
+
+    key: str
+    field: str
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What the runtime's loader demands of the facts beyond their keys. A soft limit is a warning."""
+
+    field: str
+    holds: Callable[[DrafterSpec], bool]
+    message: str
+    soft: bool = False
+
+
+@dataclass(frozen=True)
+class Implied:
+    """A fact without a key that the runtime fixes; a drafter with another value cannot be carried."""
+
+    field: str
+    value: Callable[[Facts], Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One (kind, runtime) pair: one loader. `source` names the code the facts were read from.
+
+    `names` lists the tensors called otherwise than the role says, None where the loader has no such tensor;
+    `harmless` the facts that may be lost, with the reason; `tokenizer` tells whether the file carries the target's.
+    """
+
+    kind: str
+    runtime: str
+    arch: str
+    rows: tuple[Row, ...]
+    source: str
+    launch: str
+    names: Mapping[Role, str | None] = field(default_factory=dict)
+    counts: tuple[Count, ...] = ()
+    implied: tuple[Implied, ...] = ()
+    harmless: Mapping[str, str] = field(default_factory=dict)
+    limits: tuple[Limit, ...] = ()
+    tokenizer: bool = True
+    notes: tuple[str, ...] = ()
+
+    def tensor_name(self, key: TensorKey) -> str | None:
+        """The runtime's name of a tensor, or None where its loader has none."""
+        role, layer = key
+        name = self.names.get(role, role.value)
+        return name if name is None or layer is None else name.replace("{i}", str(layer))
+
+
+# Facts no runtime reads. Other keys are ignored by all of them, so the file can carry what a later check needs.
+OWN_ROWS = (
+    Row("drafter.kind", STRING, "kind"),
+    Row("drafter.target.block_count", U32, "target_layer_count"),
+    Row("drafter.target.embedding_length", U32, "target_hidden_size"),
+)
+
+
+def check(cell: Cell, spec: DrafterSpec) -> list[str]:
+    """Warnings about `spec` in this runtime. Raises `Problems` naming every fact the runtime cannot carry."""
+    facts = facts_of(spec)
+    fixed = {implied.field: implied.value(facts) for implied in cell.implied}
+    carried = {row.field for row in (*cell.rows, *OWN_ROWS)} | set(cell.harmless)
+    lost = [
+        f"{name} = {value!r}: {cell.runtime} has no key for it and would run with {fixed.get(name, 'none')}"
+        for name, value in facts.items()
+        if name not in carried and value != fixed.get(name)
+    ]
+    broken = [limit for limit in cell.limits if not limit.holds(spec)]
+    fatal = [f"{limit.field}: {limit.message}" for limit in broken if not limit.soft]
+    if lost or fatal:
+        raise Problems(f"{cell.kind} for {cell.runtime}", [*lost, *fatal])
+    return [f"{limit.field}: {limit.message}" for limit in broken]
+
+
+def write(cell: Cell, spec: DrafterSpec) -> tuple[KeyValue, ...]:
+    """The spec's keys in this dialect, in the order of the table."""
+    facts = facts_of(spec)
+    keys = [
+        KeyValue(row.key.format(a=cell.arch), row.type, row.codec.encode(facts[row.field], facts), row.element)
+        for row in (*cell.rows, *OWN_ROWS)
+        if row.field in facts
+    ]
+    for count in cell.counts:
+        keys.append(KeyValue(count.key.format(a=cell.arch), U32, len(facts[count.field])))  # type: ignore[arg-type]
+    return tuple(keys)
+
+
+def read(cell: Cell, keys: Mapping[str, KeyValue]) -> dict[str, Any]:
+    """The facts a file carries, by field path. Raises `WrongInput` naming a key of the wrong type or a contradiction."""
+    facts: dict[str, Any] = {}
+    for row in (*cell.rows, *OWN_ROWS):
+        name = row.key.format(a=cell.arch)
+        if name not in keys:
+            continue
+        value = row.codec.decode(_stored(keys[name], row, name), facts)
+        if facts.setdefault(row.field, value) != value:
+            raise WrongInput(f"{name}: found {value!r}, but another key says {row.field} = {facts[row.field]!r}")
+    for implied in cell.implied:
+        facts.setdefault(implied.field, implied.value(facts))
+    for count in cell.counts:
+        _check_count(keys, count.key.format(a=cell.arch), facts.get(count.field))
+    return facts
+
+
+def _stored(entry: KeyValue, row: Row, name: str) -> Any:
+    if (entry.type, entry.element) != (row.type, row.element):
+        found = entry.type.name if entry.element is None else f"array of {entry.element.name}"
+        expected = row.type.name if row.element is None else f"array of {row.element.name}"
+        raise WrongInput(f"{name}: found {found}, expected {expected}; runtimes refuse or ignore another type")
+    # the shortest decimal with these 24 bits: 1e-06 comes back as 1e-06
+    return float(str(np.float32(entry.value))) if row.type == F32 else entry.value  # type: ignore[arg-type]
+
+
+def _check_count(keys: Mapping[str, KeyValue], name: str, values: Any) -> None:
+    if name not in keys:
+        return
+    if values is None:
+        raise WrongInput(f"{name}: a count without its list; the loader would guess the entries")
+    if keys[name].value != len(values):
+        raise WrongInput(f"{name}: found {keys[name].value}, but the list has {len(values)} entries")

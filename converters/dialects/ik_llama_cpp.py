@@ -1,0 +1,42 @@
+"""ik_llama.cpp (and the buun forks): architecture `dflash-draft`, zero-based capture layers, its own mask key."""
+
+from __future__ import annotations
+
+from convert_drafter.converters.dialects.cell import ALL_CAPTURES, ARRAY, F32, I32, U32, Cell, Limit, Row
+from convert_drafter.converters.dialects.llama_cpp import COMMON_ROWS
+from convert_drafter.converters.roles import Role
+
+MAX_CAPTURES = 8
+SLIDING_NOTE = (
+    "sliding layers look only backwards inside a block here, and both ways in llama.cpp; no key says which was trained"
+)
+
+DFLASH = Cell(
+    kind="dflash",
+    runtime="ik_llama.cpp",
+    arch="dflash-draft",
+    rows=(
+        *COMMON_ROWS,
+        Row("{a}.dflash.block_size", U32, "block_size"),
+        Row("{a}.dflash.mask_token_id", U32, "mask_token_id"),
+        Row("{a}.dflash.target_layer_ids", ARRAY, "capture_layers", element=I32),
+        Row("{a}.dflash.n_target_features", U32, "target_hidden_size", ALL_CAPTURES),
+        Row("{a}.dflash.backbone_rotary_base", F32, "context_theta"),
+    ),
+    names={
+        Role.FUSION: "dflash_fc.weight",
+        Role.FUSION_NORM: "dflash_hidden_norm.weight",
+        Role.FFN_NORM: "blk.{i}.post_attention_norm.weight",
+    },
+    harmless={"rope.sections": "text-only M-RoPE sections are numerically plain rotate-half RoPE"},
+    limits=(
+        Limit(
+            "capture_layers",
+            lambda s: len(s.capture_layers) <= MAX_CAPTURES,
+            f"ik_llama.cpp reads at most {MAX_CAPTURES} capture layers",
+        ),
+    ),
+    launch="llama-server -m {target} -md {drafter} --spec-type dflash:n_max={drafted}",
+    source="ik_llama.cpp 8337e4cd convert_hf_to_gguf.py and src/llama-dflash.cpp",
+    notes=(SLIDING_NOTE,),
+)

@@ -1,0 +1,81 @@
+"""Lucebox: architecture `qwen35-dflash-draft` for every Qwen drafter, no tokenizer, fixed norm epsilon."""
+
+from __future__ import annotations
+
+from convert_drafter.converters.dialects.cell import ARRAY, BOOL, F32, I32, U32, Cell, Count, Implied, Limit, Row
+from convert_drafter.converters.dialects.ik_llama_cpp import SLIDING_NOTE
+from convert_drafter.converters.roles import Role
+
+MAX_CAPTURES = 16
+BOUNDS = {
+    "layer_count": 1024,
+    "hidden_size": 131_072,
+    "feed_forward_size": 524_288,
+    "head_count": 1024,
+    "head_dim": 1024,
+}
+
+DFLASH = Cell(
+    kind="dflash",
+    runtime="lucebox",
+    arch="qwen35-dflash-draft",
+    rows=(
+        Row("{a}.context_length", U32, "context_length"),
+        Row("{a}.embedding_length", U32, "hidden_size"),
+        Row("{a}.block_count", U32, "layer_count"),
+        Row("{a}.feed_forward_length", U32, "feed_forward_size"),
+        Row("{a}.attention.head_count", U32, "head_count"),
+        Row("{a}.attention.head_count_kv", U32, "kv_head_count"),
+        Row("{a}.attention.key_length", U32, "head_dim"),
+        Row("{a}.attention.value_length", U32, "head_dim"),
+        Row("{a}.attention.layer_norm_rms_epsilon", F32, "norm_epsilon"),
+        Row("{a}.attention.sliding_window", U32, "window.size"),
+        Row("{a}.attention.sliding_window_pattern", ARRAY, "window.layers", element=BOOL),
+        Row("{a}.rope.freq_base", F32, "rope.theta"),
+        Row("{a}.vocab_size", U32, "vocab_size"),
+        Row("{a}.dflash.block_size", U32, "block_size"),
+        Row("{a}.dflash.mask_token_id", U32, "mask_token_id"),
+        Row("{a}.dflash.target_layer_ids", ARRAY, "capture_layers", element=I32),
+    ),
+    counts=(Count("{a}.dflash.n_target_layers", "capture_layers"),),
+    names={
+        Role.FUSION: "dflash.fc.weight",
+        Role.FUSION_NORM: "dflash.hidden_norm.weight",
+        Role.TOKEN_EMBEDDING: None,
+        Role.OUTPUT: None,
+        Role.ATTN_Q_BIAS: None,
+        Role.ATTN_K_BIAS: None,
+        Role.ATTN_V_BIAS: None,
+        Role.ATTN_OUTPUT_BIAS: None,
+        Role.ATTN_SINKS: None,
+    },
+    implied=(
+        Implied("causal", lambda facts: False),
+        Implied("rope.dimensions", lambda facts: facts.get("head_dim")),
+    ),
+    harmless={"rope.sections": "text-only M-RoPE sections are numerically plain rotate-half RoPE"},
+    limits=(
+        Limit("norm_epsilon", lambda s: s.norm_epsilon == 1e-6, "Lucebox computes every norm with 1e-06"),
+        Limit(
+            "target_hidden_size",
+            lambda s: s.target_hidden_size == s.hidden_size,
+            "Lucebox takes the drafter's hidden size for the target's; here they differ",
+        ),
+        Limit(
+            "capture_layers",
+            lambda s: len(s.capture_layers) <= MAX_CAPTURES,
+            f"Lucebox ignores a list of more than {MAX_CAPTURES} capture layers",
+        ),
+        *(
+            Limit(name, lambda s, n=name, m=bound: getattr(s, n) <= m, f"Lucebox loads at most {bound}")  # type: ignore[misc]
+            for name, bound in BOUNDS.items()
+        ),
+    ),
+    tokenizer=False,
+    launch="dflash_server {target} --draft {drafter}",
+    source="lucebox 62880e20 server/src/draft/draft_gguf_loader.cpp and PR 447",
+    notes=(
+        "Lucebox before PR 447 ignores the file's mask token and capture layers and uses its target's constants",
+        SLIDING_NOTE,
+    ),
+)

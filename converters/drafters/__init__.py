@@ -1,0 +1,83 @@
+"""Drafter kinds: what is converted, and what is known and refused by name.
+
+A checkpoint is recognised by its tensors first and its architecture second: `DFlashDraftModel` is written on DSpark
+weights and `LlamaForCausalLM` on EAGLE-3 ones. A file's name decides nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from convert_drafter.converters.config import ConfigReader
+from convert_drafter.converters.drafters.dflash import DFLASH
+from convert_drafter.converters.drafters.kind import Headers, Kind
+from convert_drafter.converters.errors import WrongInput
+
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (DFLASH,)}
+
+
+@dataclass(frozen=True)
+class Signature:
+    """A kind's telling tensors: it is this kind if one name matches `pattern` from its start."""
+
+    kind: str
+    pattern: str
+
+
+# The first match decides, so a kind stands before the kinds whose tensors it shares.
+SIGNATURES = (
+    Signature("DFlash2", r"candidate_selector\."),
+    Signature("DSpark", r"(dspark_)?(markov_head\.)?markov_w1|markov_head\."),
+    Signature("Domino", r"domino_|prefix_gru\."),
+    Signature("Laguna DFlash", r"aux_hidden_norms?\.|layers\.\d+\.self_attn\.(g_proj|qkv_proj)\."),
+    Signature("Gemma-4 assistant", r"pre_projection\."),
+    Signature("EAGLE-3", r"midlayer\.|layers\.0\.hidden_norm\."),
+    Signature("MTP", r"mtp(_layers)?\.|layers\.\d+\.eh_proj\."),
+    Signature("DFlash with a reduced vocabulary", r"(d2t|t2d)$"),
+    Signature("dflash", r"hidden_norm\.weight$"),
+)
+
+
+def detect(reader: ConfigReader, headers: Headers) -> Kind:
+    """The kind of a checkpoint. Raises `WrongInput` naming what it is, when it is something we do not convert."""
+    _refuse_quantized(reader)
+    architectures = reader.find_list("architectures", str, "architectures") or ()
+    found = _by_tensors(headers)
+    supported = ", ".join(KINDS)
+    if found is None:
+        raise WrongInput(
+            f"{reader.where}: no drafter's tensors in this checkpoint (architectures: {', '.join(architectures) or 'none'});"
+            f" expected one of: {supported}"
+        )
+    if found not in KINDS:
+        raise WrongInput(
+            f"{reader.where}: this is a {found} drafter, which is not converted yet; supported: {supported}"
+        )
+    kind = KINDS[found]
+    strange = [name for name in architectures if name not in kind.architectures]
+    if strange:
+        known = ", ".join(kind.architectures)
+        raise reader.error("architectures", f"{', '.join(strange)} on {found} tensors", f"one of {known}")
+    reader.origins["kind"] = "tensor names"
+    return kind
+
+
+def _by_tensors(headers: Iterable[str]) -> str | None:
+    names = [name.removeprefix("model.") for name in headers]
+    for signature in SIGNATURES:
+        if any(re.match(signature.pattern, name) for name in names):
+            return signature.kind
+    return None
+
+
+def _refuse_quantized(reader: ConfigReader) -> None:
+    for path in ("quantization_config", "quantization"):
+        section = reader.section(path)
+        if section:
+            method = section.get("quant_method") or section.get("quant_algo") or f"{section.get('bits')} bits"
+            raise reader.error(path, f"a quantized checkpoint ({method})", "the unquantized one: it is not read yet")
+
+
+__all__ = ["DFLASH", "KINDS", "SIGNATURES", "Kind", "detect"]

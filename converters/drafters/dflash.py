@@ -1,0 +1,252 @@
+"""DFlash: a block of mask tokens denoised in one pass over the target's captured hidden states.
+
+Config and tensor names as z-lab publishes them (z-lab/dflash, SpecForge recipes); the spellings of every fact were
+collected from the published configs in `fixtures/configs`.
+"""
+
+from __future__ import annotations
+
+from convert_drafter.converters.config import ConfigReader, lookup
+from convert_drafter.converters.drafters.kind import Headers, Kind
+from convert_drafter.converters.drafters.rope import LAYER_TYPES, read_rope
+from convert_drafter.converters.errors import WrongInput
+from convert_drafter.converters.ops import COPY, PERMUTE_ROPE
+from convert_drafter.converters.plan import Dropped, TensorRule
+from convert_drafter.converters.roles import Role
+from convert_drafter.converters.spec import DrafterSpec, SlidingWindow
+from convert_drafter.converters.target import Target
+
+CAPTURES = ("dflash_config.target_layer_ids", "target_layer_ids")
+# The same layers counted as indices of hidden_states, one higher; only ever a cross-check, because some exporters
+# put zero-based ids under these keys too (the Laguna and Nemotron releases carry both lists).
+CAPTURES_PLUS_ONE = ("eagle_aux_hidden_state_layer_ids", "aux_hidden_state_layer_ids")
+CAUSAL = ("is_causal", "dflash_config.causal", "dflash_query_causal", "draft_causal")
+
+IGNORED = (
+    "architectures", "attention_dropout", "auto_map", "bos_token_id", "eos_token_id", "pad_token_id", "dtype",
+    "torch_dtype", "initializer_range", "max_window_layers", "model_type", "transformers_version", "use_cache",
+    "tie_word_embeddings", "pard_token", "attention_mode", "name_or_path", "_name_or_path", "pruned_heads",
+    "rope_parameters.rope_type", "rope_scaling.rope_type", "rope_parameters.mrope_interleaved", "hidden_dropout",
+    "markov_head_type", "enable_confidence_head", "confidence_head_with_markov",
+)  # fmt: skip
+
+
+def read_spec(reader: ConfigReader, headers: Headers, target: Target | None) -> DrafterSpec:
+    """Every fact of a DFlash checkpoint. Raises `WrongInput` naming the key that is missing or wrong."""
+    check_assumptions(reader)
+    layer_count = reader.get("layer_count", int, "num_hidden_layers", "n_layers", "num_layers")
+    hidden = reader.get("hidden_size", int, "hidden_size", "n_embd")
+    heads = reader.get("head_count", int, "num_attention_heads", "n_head")
+    kv_heads = reader.get("kv_head_count", int, "num_key_value_heads", "n_kv_heads")
+    head_dim = read_head_dim(reader, headers, kv_heads)
+    layer_types = read_layer_types(reader, layer_count)
+    captures = read_captures(reader)
+    return DrafterSpec(
+        kind="dflash",
+        layer_count=layer_count,
+        hidden_size=hidden,
+        feed_forward_size=reader.get("feed_forward_size", int, "intermediate_size"),
+        head_count=heads,
+        kv_head_count=kv_heads,
+        head_dim=head_dim,
+        context_length=reader.get("context_length", int, "max_position_embeddings"),
+        vocab_size=reader.get("vocab_size", int, "vocab_size"),
+        norm_epsilon=reader.get("norm_epsilon", float, "rms_norm_eps", "norm_eps"),
+        rope=read_rope(reader, head_dim, layer_types, target is not None and target.uses_mrope),
+        block_size=reader.get(
+            "block_size", int, "dflash_config.block_size", "block_size", "dflash_config.draft_block_size"
+        ),
+        mask_token_id=reader.get("mask_token_id", int, "dflash_config.mask_token_id", "mask_token_id"),
+        capture_layers=captures,
+        target_layer_count=read_target_depth(reader, target),
+        target_hidden_size=read_target_width(reader, headers, target, len(captures)),
+        causal=read_causal(reader),
+        window=read_window(reader, layer_types),
+        context_theta=reader.find("context_theta", float, "dflash_config.backbone_rotary_base"),
+        attention_value_scale=reader.find(
+            "attention_value_scale", float, "dflash_config.attention_value_scale", "attention_value_scale"
+        ),
+        embedding_scale=read_embedding_scale(reader, target),
+        logit_scale=reader.find("logit_scale", float, "dflash_config.output_multiplier", "output_multiplier"),
+        logit_softcap=reader.find(
+            "logit_softcap", float, "dflash_config.final_logit_softcapping", "final_logit_softcapping"
+        ),
+    )
+
+
+def check_assumptions(reader: ConfigReader) -> None:
+    """What the algorithm takes for granted; a config that says otherwise is another kind of model."""
+    reader.expect("hidden_act", "silu", "DFlash's feed-forward is SwiGLU")
+    reader.expect("markov_rank", 0, "a Markov head makes it a DSpark drafter, which is not converted yet")
+    reader.expect("dflash_config.markov_rank", 0, "a Markov head makes it a DSpark drafter, which is not converted yet")
+    # biases, sinks and embeddings are decided by the tensors; the flags only have to be known
+    reader.ignore("attention_bias", "attention_sink_bias", "dflash_config.attention_sink_bias", "has_embed_tokens")
+    if lookup(reader.raw, "transformer_layer_config") is not None:
+        raise reader.error(
+            "transformer_layer_config",
+            "a DFlash drafter in speculators layout",
+            "z-lab's layout: the speculators one is not converted yet (its capture layers are counted differently)",
+        )
+
+
+def read_head_dim(reader: ConfigReader, headers: Headers, kv_heads: int) -> int:
+    """The config's head_dim, else by the shape of k_proj; never hidden_size / heads, which is wrong for most."""
+    head_dim = reader.find("head_dim", int, "head_dim")
+    if head_dim is not None:
+        return head_dim
+    name = "layers.0.self_attn.k_proj.weight"
+    header = headers.get(name) or headers.get(f"model.{name}")
+    if header is None or len(header.shape) != 2 or kv_heads <= 0 or header.shape[0] % kv_heads:
+        raise reader.missing("head_dim", f"an integer, or {name} with a multiple of {kv_heads} rows", "head_dim")
+    reader.origins["head_dim"] = f"rows of {name} / num_key_value_heads"
+    return header.shape[0] // kv_heads
+
+
+def read_layer_types(reader: ConfigReader, layer_count: int) -> tuple[str, ...]:
+    """`layer_types`, or () where the config has none."""
+    types = reader.find_list("window.layers", str, "layer_types") or ()
+    wrong = sorted(set(types) - set(LAYER_TYPES))
+    if wrong:
+        raise reader.error("layer_types", f"found {', '.join(wrong)}", " or ".join(LAYER_TYPES))
+    if types and len(types) != layer_count:
+        raise reader.error("layer_types", f"found {len(types)} entries", f"num_hidden_layers = {layer_count}")
+    return types
+
+
+def read_window(reader: ConfigReader, layer_types: tuple[str, ...]) -> SlidingWindow | None:
+    """The sliding window in its three spellings.
+
+    `layer_types` with `use_sliding_window` true; `layer_types` alone; or `dflash_config.use_swa`, where every layer
+    slides. Where the spellings contradict each other nobody can know what was trained: an error.
+    """
+    slides = tuple(name == "sliding_attention" for name in layer_types)
+    use_swa = reader.find("window", bool, "dflash_config.use_swa")
+    use_window = reader.find("window", bool, "use_sliding_window")
+    if use_swa:
+        if any(slides) and not all(slides):
+            raise reader.error("dflash_config.use_swa", "true: every layer slides", "layer_types to agree, or false")
+        layers = (True,) * reader.get("layer_count", int, "num_hidden_layers", "n_layers", "num_layers")
+        reader.origins["window.layers"] = "dflash_config.use_swa"
+        paths = ("dflash_config.swa_window_size", "sliding_window")
+        return SlidingWindow(reader.get("window.size", int, *paths), layers)
+    reader.ignore("sliding_window", "dflash_config.swa_window_size")
+    if any(slides):
+        if use_window is False:
+            expected = "true (as layer_types says), or layer_types without sliding_attention; settle it with --set"
+            raise reader.error("use_sliding_window", "false, but layer_types has sliding layers", expected)
+        return SlidingWindow(reader.get("window.size", int, "sliding_window"), slides)
+    if use_window and not layer_types and reader.find("window.size", int, "sliding_window") is not None:
+        raise reader.missing("which layers slide", "layer_types beside use_sliding_window: true", "layer_types")
+    return None
+
+
+def read_captures(reader: ConfigReader) -> tuple[int, ...]:
+    """Zero-based capture layers in fc's column order; never guessed, never sorted."""
+    captures = reader.find_list("capture_layers", int, *CAPTURES)
+    origin = reader.origins.get("capture_layers", "")
+    shifted = reader.find_list("capture_layers", int, *CAPTURES_PLUS_ONE)
+    if captures is None:
+        if shifted is not None:
+            found = f"only {reader.origins['capture_layers']} = {list(shifted)}, whose counting differs by exporter"
+            raise reader.error(CAPTURES[0], found, "zero-based layer ids; give them with --set")
+        raise reader.missing("capture layers", "a list of zero-based layer ids", *CAPTURES)
+    if shifted is not None and shifted != tuple(k + 1 for k in captures):
+        found = f"{list(captures)}, but {reader.origins['capture_layers']} = {list(shifted)}"
+        raise reader.error(origin, found, "the second list to be one higher throughout; settle it with --set")
+    reader.origins["capture_layers"] = origin
+    return captures
+
+
+def read_causal(reader: ConfigReader) -> bool:
+    causal = reader.find("causal", bool, *CAUSAL)
+    if causal is None:
+        reader.origins["causal"] = "DFlash's definition (no key says otherwise)"
+    return bool(causal)
+
+
+def read_target_depth(reader: ConfigReader, target: Target | None) -> int:
+    """The target's layers, not the number of capture layers; config and target have to agree."""
+    paths = ("num_target_layers", "dflash_config.num_target_layers")
+    depth = reader.find("target_layer_count", int, *paths)
+    if target is None:
+        return reader.get("target_layer_count", int, *paths) if depth is None else depth
+    if depth is not None and depth != target.layer_count:
+        expected = f"{target.layer_count}, the layers of the target {target.name}; is it the target of this drafter?"
+        raise reader.error(reader.origins["target_layer_count"], f"found {depth}", expected)
+    if depth is None:
+        reader.origins["target_layer_count"] = f"target {target.name}"
+    return target.layer_count
+
+
+def read_target_width(reader: ConfigReader, headers: Headers, target: Target | None, captures: int) -> int:
+    """Hidden size of the target: its own, else fc's columns over the number of capture layers."""
+    header = headers.get("fc.weight") or headers.get("model.fc.weight")
+    if header is None or len(header.shape) != 2:
+        raise WrongInput(f"{reader.where}: fc.weight: missing or not a matrix, expected [hidden, captures * hidden]")
+    width, rest = divmod(header.shape[1], captures)
+    if rest or not width:
+        raise reader.error("fc.weight", f"{header.shape[1]} columns", f"a multiple of {captures} capture layers")
+    if target is not None and target.hidden_size != width:
+        found = f"{header.shape[1]} columns = {captures} capture layers * {width}"
+        expected = f"{captures} * {target.hidden_size}, the hidden size of the target {target.name}"
+        raise reader.error("fc.weight", found, expected)
+    reader.origins["target_hidden_size"] = "columns of fc.weight / capture layers"
+    return width
+
+
+def read_embedding_scale(reader: ConfigReader, target: Target | None) -> float | None:
+    """The config's, else the target's: Gemma multiplies its embeddings, and the drafter reads the same table."""
+    scale = reader.find("embedding_scale", float, "dflash_config.input_embedding_scale", "input_embedding_scale")
+    if scale is None and target is not None and target.embedding_scale is not None:
+        reader.origins["embedding_scale"] = f"target {target.name} scales its embeddings"
+        return target.embedding_scale
+    return scale
+
+
+def rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
+    """Every tensor of the kind. Interleaved checkpoints get their rotary rows re-ordered to the hub's halves."""
+    half_split = reader.find("rope layout", bool, "rope_is_neox_style", "dflash_config.rope_is_neox_style")
+    rotary = COPY if half_split in (None, True) else PERMUTE_ROPE
+    attention = "layers.{i}.self_attn."
+    return (
+        TensorRule("fc.weight", Role.FUSION, ("hidden", "features")),
+        TensorRule("hidden_norm.weight", Role.FUSION_NORM, ("hidden",)),
+        TensorRule("norm.weight", Role.OUTPUT_NORM, ("hidden",)),
+        TensorRule("embed_tokens.weight", Role.TOKEN_EMBEDDING, ("vocab", "hidden"), optional=True),
+        TensorRule("lm_head.weight", Role.OUTPUT, ("vocab", "hidden"), optional=True),
+        TensorRule("layers.{i}.input_layernorm.weight", Role.ATTN_NORM, ("hidden",)),
+        TensorRule(f"{attention}q_proj.weight", Role.ATTN_Q, ("queries", "hidden"), rotary),
+        TensorRule(f"{attention}k_proj.weight", Role.ATTN_K, ("keys", "hidden"), rotary),
+        TensorRule(f"{attention}v_proj.weight", Role.ATTN_V, ("keys", "hidden")),
+        TensorRule(f"{attention}o_proj.weight", Role.ATTN_OUTPUT, ("hidden", "queries")),
+        TensorRule(f"{attention}q_proj.bias", Role.ATTN_Q_BIAS, ("queries",), rotary, optional=True),
+        TensorRule(f"{attention}k_proj.bias", Role.ATTN_K_BIAS, ("keys",), rotary, optional=True),
+        TensorRule(f"{attention}v_proj.bias", Role.ATTN_V_BIAS, ("keys",), optional=True),
+        TensorRule(f"{attention}o_proj.bias", Role.ATTN_OUTPUT_BIAS, ("hidden",), optional=True),
+        TensorRule(f"{attention}q_norm.weight", Role.ATTN_Q_NORM, ("head_dim",), rotary),
+        TensorRule(f"{attention}k_norm.weight", Role.ATTN_K_NORM, ("head_dim",), rotary),
+        TensorRule(f"{attention}sinks", Role.ATTN_SINKS, ("heads",), optional=True),
+        TensorRule(f"{attention}attention_sink_bias", Role.ATTN_SINKS, ("heads",), optional=True),
+        TensorRule(f"{attention}learnable_sink_param", Role.ATTN_SINKS, ("heads",), optional=True),
+        TensorRule("layers.{i}.post_attention_layernorm.weight", Role.FFN_NORM, ("hidden",)),
+        TensorRule("layers.{i}.mlp.gate_proj.weight", Role.FFN_GATE, ("feed_forward", "hidden")),
+        TensorRule("layers.{i}.mlp.up_proj.weight", Role.FFN_UP, ("feed_forward", "hidden")),
+        TensorRule("layers.{i}.mlp.down_proj.weight", Role.FFN_DOWN, ("hidden", "feed_forward")),
+    )
+
+
+def dropped(reader: ConfigReader) -> tuple[Dropped, ...]:
+    if reader.find("own embedding", bool, "has_embed_tokens") is False:
+        return (Dropped("embed_tokens.weight", "has_embed_tokens is false: the target's embedding is used"),)
+    return ()
+
+
+DFLASH = Kind(
+    name="dflash",
+    summary="DFlash: one pass denoises a block of tokens over the target's hidden states",
+    architectures=("DFlashDraftModel", "DflashDraftModel", "Qwen3DSparkModel"),
+    read_spec=read_spec,
+    rules=rules,
+    dropped=dropped,
+    ignored=IGNORED,
+)

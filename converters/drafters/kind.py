@@ -1,0 +1,27 @@
+"""What one drafter kind has to say: how its config is read and what its tensors are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from convert_drafter.converters.checkpoint import TensorHeader
+from convert_drafter.converters.config import ConfigReader
+from convert_drafter.converters.plan import Dropped, TensorRule
+from convert_drafter.converters.spec import DrafterSpec
+from convert_drafter.converters.target import Target
+
+Headers = Mapping[str, TensorHeader]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One drafter kind. `read_spec` raises `WrongInput` naming the key; `ignored` config keys mean nothing for it."""
+
+    name: str
+    summary: str
+    architectures: tuple[str, ...]
+    read_spec: Callable[[ConfigReader, Headers, Target | None], DrafterSpec]
+    rules: Callable[[ConfigReader], tuple[TensorRule, ...]]
+    dropped: Callable[[ConfigReader], tuple[Dropped, ...]]
+    ignored: tuple[str, ...]

@@ -1,0 +1,125 @@
+"""Inspect: what a checkpoint or a GGUF says about itself, every fact with the place it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from convert_drafter.converters.convert import read_published
+from convert_drafter.converters.dialects import CELLS, Cell, cell_of_arch, check, read
+from convert_drafter.converters.dialects.cell import OWN_ROWS
+from convert_drafter.converters.errors import DrafterError, WrongInput
+from convert_drafter.converters.gguf_file import GGUFFile, read_gguf
+from convert_drafter.converters.spec import DrafterSpec, facts_of
+
+
+@dataclass(frozen=True)
+class Fact:
+    name: str
+    value: Any
+    origin: str
+
+
+@dataclass(frozen=True)
+class TensorLine:
+    """One tensor; shape in torch order."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is known about a file. `runtimes` maps each runtime to "" where it can load it, else to the reason."""
+
+    path: Path
+    format: str
+    kind: str
+    facts: tuple[Fact, ...]
+    tensors: tuple[TensorLine, ...]
+    runtimes: Mapping[str, str]
+    warnings: tuple[str, ...]
+    keys: Mapping[str, Any]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "path": str(self.path),
+            "format": self.format,
+            "kind": self.kind,
+            "facts": {f.name: {"value": f.value, "origin": f.origin} for f in self.facts},
+            "tensors": [{"name": t.name, "shape": t.shape, "type": t.type, "bytes": t.n_bytes} for t in self.tensors],
+            "runtimes": dict(self.runtimes),
+            "warnings": list(self.warnings),
+            "keys": dict(self.keys),
+        }
+
+
+def inspect(path: Path, settings: Mapping[str, str] | None = None) -> Inspection:
+    """Inspect a checkpoint folder, a .safetensors file or a .gguf file. Raises `WrongInput` where it cannot be read."""
+    if path.is_file() and _is_gguf(path):
+        return inspect_gguf(path)
+    return inspect_checkpoint(path, settings)
+
+
+def _is_gguf(path: Path) -> bool:
+    with path.open("rb") as file:
+        return path.suffix == ".gguf" or file.read(4) == b"GGUF"
+
+
+def inspect_checkpoint(path: Path, settings: Mapping[str, str] | None = None) -> Inspection:
+    published = read_published(path, settings=settings)
+    reader, spec = published.reader, published.spec
+    published.kind.rules(reader)
+    published.kind.dropped(reader)
+    facts = tuple(
+        Fact(name, value, reader.origins.get(name, "")) for name, value in facts_of(spec).items() if name != "kind"
+    )
+    tensors = tuple(TensorLine(h.name, h.shape, h.dtype, h.n_bytes) for h in published.checkpoint.tensors.values())
+    unread = (f"{key}: nobody reads this key" for key in reader.unread())
+    warnings = (*reader.warnings, *unread)
+    runtimes = {cell.runtime: _objection(cell, spec) for (kind, _), cell in CELLS.items() if kind == spec.kind}
+    return Inspection(path, "checkpoint", spec.kind, facts, tensors, runtimes, warnings, {})
+
+
+def _objection(cell: Cell, spec: DrafterSpec) -> str:
+    try:
+        check(cell, spec)
+    except DrafterError as error:
+        return " ".join(str(error).split("\n")[1:]).strip(" -")
+    return ""
+
+
+def inspect_gguf(path: Path) -> Inspection:
+    file = read_gguf(path)
+    entry = file.keys.get("general.architecture")
+    if entry is None:
+        raise WrongInput(f"{path}: general.architecture: missing, expected the architecture every runtime asks for")
+    cell = cell_of_arch(str(entry.value))
+    facts = () if cell is None else tuple(_facts(cell, file, path))
+    kind = "unknown" if cell is None else cell.kind
+    tensors = tuple(TensorLine(t.name, t.shape, t.type.name, t.n_bytes) for t in file.tensors.values())
+    runtimes = {} if cell is None else {cell.runtime: ""}
+    keys = {key: _short(kv.value) for key, kv in file.keys.items()}
+    return Inspection(path, f"GGUF ({entry.value})", kind, facts, tensors, runtimes, (), keys)
+
+
+def _facts(cell: Cell, file: GGUFFile, path: Path) -> list[Fact]:
+    try:
+        values = read(cell, file.keys)
+    except WrongInput as error:
+        raise WrongInput(f"{path}: {error}") from error
+    origins = {row.field: row.key.format(a=cell.arch) for row in reversed((*cell.rows, *OWN_ROWS))}
+    return [
+        Fact(name, value, origins.get(name, f"fixed by {cell.runtime}"))
+        for name, value in values.items()
+        if name != "kind"
+    ]
+
+
+def _short(value: Any) -> Any:
+    """Long lists (vocabularies) as their length; they are no reading matter."""
+    return f"{len(value)} entries" if isinstance(value, tuple) and len(value) > 64 else value

@@ -1,0 +1,35 @@
+"""The closed set of tensor operations between a checkpoint and a GGUF: pure functions on slabs of whole rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Op:
+    """`apply` maps a slab of rows to a slab of the same shape; `head_dim` rows belong together where `by_head`."""
+
+    name: str
+    apply: Callable[[Array, int], Array]
+    by_head: bool = False
+
+
+def _copy(rows: Array, head_dim: int) -> Array:
+    return rows
+
+
+def _halves(rows: Array, head_dim: int) -> Array:
+    """Interleaved rotary pairs to halves: per head the even rows first, then the odd ones. (heads * head_dim, ...)."""
+    pairs = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
+    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
+
+
+COPY = Op("copy", _copy)
+PERMUTE_ROPE = Op("permute_rope", _halves, by_head=True)

@@ -1,0 +1,200 @@
+"""From rules, spec and headers to a Plan: which tensor goes where, in which type, or every problem at once.
+
+A plan is made from headers alone. No tensor data is read, so a dry run costs nothing and nothing is written before
+everything is known to fit.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from convert_drafter.converters.checkpoint import TensorHeader
+from convert_drafter.converters.ops import COPY, Op
+from convert_drafter.converters.recipes import Choice, Recipe, choose_type
+from convert_drafter.converters.roles import Role, TensorKey, describe
+from convert_drafter.converters.spec import DrafterSpec
+
+READABLE_DTYPES = ("F32", "F16", "BF16")
+
+# Every width a drafter tensor can have, in words; shapes in rules are written with these, in torch order [out, in].
+DIMENSIONS: dict[str, Callable[[DrafterSpec], int]] = {
+    "hidden": lambda s: s.hidden_size,
+    "features": lambda s: len(s.capture_layers) * s.target_hidden_size,
+    "heads": lambda s: s.head_count,
+    "head_dim": lambda s: s.head_dim,
+    "queries": lambda s: s.head_count * s.head_dim,
+    "keys": lambda s: s.kv_head_count * s.head_dim,
+    "feed_forward": lambda s: s.feed_forward_size,
+    "vocab": lambda s: s.vocab_size,
+}
+
+
+@dataclass(frozen=True)
+class TensorRule:
+    """A checkpoint tensor's place in the hub; `{i}` in `source` is the layer and the name is matched whole."""
+
+    source: str
+    role: Role
+    shape: tuple[str, ...]
+    op: Op = COPY
+    optional: bool = False
+
+    def expected_shape(self, spec: DrafterSpec) -> tuple[int, ...]:
+        return tuple(DIMENSIONS[name](spec) for name in self.shape)
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A checkpoint tensor that is left out on purpose."""
+
+    source: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Match:
+    """A source tensor that found its place."""
+
+    key: TensorKey
+    header: TensorHeader
+    rule: TensorRule
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor of the output: where it comes from, its name, shape in torch order and type."""
+
+    key: TensorKey
+    header: TensorHeader
+    op: Op
+    name: str
+    shape: tuple[int, ...]
+    choice: Choice
+
+    @property
+    def n_bytes(self) -> int:
+        return self.choice.type.n_bytes(self.shape)
+
+
+@dataclass(frozen=True)
+class Plan:
+    tensors: tuple[PlannedTensor, ...]
+    dropped: tuple[Dropped, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(t.n_bytes for t in self.tensors)
+
+    @property
+    def n_weights(self) -> int:
+        return sum(_product(t.shape) for t in self.tensors)
+
+
+def _product(shape: Sequence[int]) -> int:
+    out = 1
+    for size in shape:
+        out *= size
+    return out
+
+
+def _pattern(source: str) -> re.Pattern[str]:
+    return re.compile(re.escape(source).replace(r"\{i\}", r"(\d+)"))
+
+
+def plain_name(name: str) -> str:
+    """Some exports put the drafter under `model.`; the rules are written without it."""
+    return name.removeprefix("model.")
+
+
+class Matcher:
+    """Gives every source tensor its place, and collects what does not fit."""
+
+    def __init__(self, spec: DrafterSpec, rules: Sequence[TensorRule], dropped: Sequence[Dropped]) -> None:
+        self.spec, self.rules = spec, rules
+        self._rules = [(_pattern(rule.source), rule) for rule in rules]
+        self._dropped = [(_pattern(drop.source), drop) for drop in dropped]
+        self.matches: dict[TensorKey, Match] = {}
+        self.dropped: list[Dropped] = []
+        self.problems: list[str] = []
+
+    def place(self, name: str, header: TensorHeader) -> None:
+        for pattern, drop in self._dropped:
+            if pattern.fullmatch(plain_name(name)):
+                self.dropped.append(Dropped(name, drop.reason))
+                return
+        for pattern, rule in self._rules:
+            if found := pattern.fullmatch(plain_name(name)):
+                layer = int(found[1]) if found.groups() else None
+                self._use(name, Match((rule.role, layer), header, rule))
+                return
+        self.problems.append(f"{name}: unknown tensor {list(header.shape)}; leave it out with --ignore-tensor '{name}'")
+
+    def _use(self, name: str, match: Match) -> None:
+        key, shape = match.key, match.rule.expected_shape(self.spec)
+        if key in self.matches:
+            self.problems.append(f"{name}: {describe(key)} is there twice, also as {self.matches[key].header.name}")
+        elif key[1] is not None and key[1] >= self.spec.layer_count:
+            self.problems.append(f"{name}: layer {key[1]}, but the config counts {self.spec.layer_count} layers")
+        elif match.header.shape != shape:
+            widths = ", ".join(match.rule.shape)
+            self.problems.append(f"{name}: found shape {list(match.header.shape)}, expected {list(shape)} ({widths})")
+        elif match.header.dtype not in READABLE_DTYPES:
+            kinds = ", ".join(READABLE_DTYPES)
+            self.problems.append(
+                f"{name}: dtype {match.header.dtype}, expected one of {kinds}; quantized checkpoints are not read, use"
+                " the unquantized one"
+            )
+        self.matches.setdefault(key, match)
+
+    def check_complete(self) -> None:
+        for rule in self.rules:
+            if rule.optional:
+                continue
+            layers: Sequence[int | None] = range(self.spec.layer_count) if rule.role.per_layer else [None]
+            for layer in layers:
+                if (rule.role, layer) not in self.matches:
+                    name = rule.source.replace("{i}", str(layer))
+                    self.problems.append(f"{name}: missing ({describe((rule.role, layer))})")
+
+
+def match_tensors(
+    spec: DrafterSpec,
+    rules: Sequence[TensorRule],
+    dropped: Sequence[Dropped],
+    headers: Mapping[str, TensorHeader],
+    ignore: Sequence[str] = (),
+) -> Matcher:
+    """Place every tensor of `headers`; `ignore` are the user's glob patterns of tensors to leave out."""
+    matcher = Matcher(spec, rules, dropped)
+    for name, header in headers.items():
+        pattern = next((p for p in ignore if fnmatchcase(name, p)), None)
+        if pattern is not None:
+            matcher.dropped.append(Dropped(name, f"--ignore-tensor '{pattern}'"))
+        else:
+            matcher.place(name, header)
+    matcher.check_complete()
+    return matcher
+
+
+def plan_tensors(matcher: Matcher, recipe: Recipe, names: Callable[[TensorKey], str | None], runtime: str) -> Plan:
+    """Name and type every matched tensor, in the order of the rules, layer by layer.
+
+    `names` gives the runtime's name of a role, None where it has none: that is a problem, never a silent loss.
+    """
+    order = {rule.role: n for n, rule in enumerate(matcher.rules)}
+    keys = sorted(matcher.matches, key=lambda key: (-1 if key[1] is None else key[1], order[key[0]]))
+    planned = []
+    for key in keys:
+        match, name = matcher.matches[key], names(key)
+        if name is None:
+            source = match.header.name
+            matcher.problems.append(
+                f"{source}: {runtime} has no tensor for {describe(key)}; without it the drafter computes something else"
+            )
+            continue
+        choice = choose_type(recipe, key[0], match.header.shape)
+        planned.append(PlannedTensor(key, match.header, match.rule.op, name, match.header.shape, choice))
+    return Plan(tuple(planned), tuple(matcher.dropped))

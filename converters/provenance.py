@@ -1,0 +1,79 @@
+"""Our own metadata: where a file came from and which target it belongs to, for later checks to compare.
+
+Runtimes ignore keys they do not know. Nothing here changes from one run to the next: no dates, no absolute paths.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from gguf import GGUFValueType
+
+from convert_drafter.converters.checkpoint import Checkpoint
+from convert_drafter.converters.gguf_file import KeyValue
+from convert_drafter.converters.target import Target
+from convert_drafter.converters.tokenizer import Tokenizer
+
+CACHE_FOLDER = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<revision>[0-9a-f]{40})(/|$)")
+
+
+def tool_version() -> str:
+    try:
+        return version("convert-drafter")
+    except PackageNotFoundError:  # run from a checkout that was not installed
+        return "unknown"
+
+
+def own_keys(
+    checkpoint: Checkpoint, settings: dict[str, str], target: Target | None, tokenizer: Tokenizer | None
+) -> tuple[KeyValue, ...]:
+    """The `drafter.*` keys beside the spec's: tool, source, overrides, target."""
+    return tuple(_entries(checkpoint, settings, target, tokenizer))
+
+
+def _entries(
+    checkpoint: Checkpoint, settings: dict[str, str], target: Target | None, tokenizer: Tokenizer | None
+) -> Iterator[KeyValue]:
+    yield _string("drafter.tool.version", tool_version())
+    repository, revision = source_of(checkpoint.root)
+    if repository is not None:
+        yield _string("drafter.source.repository", repository)
+    if revision is not None:
+        yield _string("drafter.source.revision", revision)
+    yield _string("drafter.source.config_sha256", hashlib.sha256(checkpoint.config_path.read_bytes()).hexdigest())
+    yield _strings("drafter.source.files", tuple(sorted(checkpoint.header_sha256)))
+    yield _strings("drafter.source.header_sha256", tuple(h for _, h in sorted(checkpoint.header_sha256.items())))
+    if settings:
+        yield _strings("drafter.source.settings", tuple(f"{key}={text}" for key, text in sorted(settings.items())))
+    if tokenizer is not None:
+        yield _string("drafter.vocab.sha256", tokenizer.vocab_sha256)
+    if target is not None:
+        yield _string("drafter.target.name", target.name)
+        yield _string("drafter.target.architecture", target.architecture)
+
+
+def source_of(folder: Path) -> tuple[str | None, str | None]:
+    """(repository, revision) of a folder that came from the Hugging Face hub, as far as it tells.
+
+    Known places: the hub cache's folder names, and the metadata `hf download --local-dir` leaves behind.
+    """
+    if match := CACHE_FOLDER.search(folder.absolute().as_posix() + "/"):
+        return f"{match['owner']}/{match['name']}", match["revision"]
+    metadata = folder / ".cache" / "huggingface" / "download" / "config.json.metadata"
+    if metadata.is_file():
+        first = metadata.read_text(encoding="utf-8", errors="replace").splitlines()[:1]
+        if first and re.fullmatch(r"[0-9a-f]{40}", first[0]):
+            return None, first[0]
+    return None, None
+
+
+def _string(key: str, value: str) -> KeyValue:
+    return KeyValue(key, GGUFValueType.STRING, value)
+
+
+def _strings(key: str, values: tuple[str, ...]) -> KeyValue:
+    return KeyValue(key, GGUFValueType.ARRAY, values, GGUFValueType.STRING)

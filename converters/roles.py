@@ -1,0 +1,46 @@
+"""Canonical tensor names: what a tensor is for, whatever a checkpoint or a runtime calls it.
+
+A role's value is the GGUF name most runtimes use (llama.cpp's); a dialect lists only the names where it differs.
+`{i}` is the drafter's layer.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Role(Enum):
+    FUSION = "fc.weight"  # captured hidden states -> one context feature
+    FUSION_NORM = "enc.output_norm.weight"
+    OUTPUT_NORM = "output_norm.weight"
+    TOKEN_EMBEDDING = "token_embd.weight"
+    OUTPUT = "output.weight"
+    ATTN_NORM = "blk.{i}.attn_norm.weight"
+    ATTN_Q = "blk.{i}.attn_q.weight"
+    ATTN_K = "blk.{i}.attn_k.weight"
+    ATTN_V = "blk.{i}.attn_v.weight"
+    ATTN_OUTPUT = "blk.{i}.attn_output.weight"
+    ATTN_Q_BIAS = "blk.{i}.attn_q.bias"
+    ATTN_K_BIAS = "blk.{i}.attn_k.bias"
+    ATTN_V_BIAS = "blk.{i}.attn_v.bias"
+    ATTN_OUTPUT_BIAS = "blk.{i}.attn_output.bias"
+    ATTN_Q_NORM = "blk.{i}.attn_q_norm.weight"
+    ATTN_K_NORM = "blk.{i}.attn_k_norm.weight"
+    ATTN_SINKS = "blk.{i}.attn_sinks.weight"
+    FFN_NORM = "blk.{i}.ffn_norm.weight"
+    FFN_GATE = "blk.{i}.ffn_gate.weight"
+    FFN_UP = "blk.{i}.ffn_up.weight"
+    FFN_DOWN = "blk.{i}.ffn_down.weight"
+
+    @property
+    def per_layer(self) -> bool:
+        return "{i}" in self.value
+
+
+TensorKey = tuple[Role, int | None]  # the layer is None for a tensor the drafter has once
+
+
+def describe(key: TensorKey) -> str:
+    """A role for a message: "FFN_DOWN of layer 2"."""
+    role, layer = key
+    return role.name if layer is None else f"{role.name} of layer {layer}"

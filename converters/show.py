@@ -1,0 +1,198 @@
+"""How results look: reports as text for people and as plain data for --json. Nothing is printed here."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from convert_drafter.converters.convert import Conversion, Report, launch_command
+from convert_drafter.converters.dialects import CELLS
+from convert_drafter.converters.drafters import KINDS
+from convert_drafter.converters.inspection import Inspection
+from convert_drafter.converters.plan import Plan
+from convert_drafter.converters.recipes import RECIPES
+from convert_drafter.quant import TYPES
+
+WIDTH = 110
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def size(n_bytes: int) -> str:
+    """Bytes as a person reads them: 13.4 MiB."""
+    value, unit = float(n_bytes), 0
+    while value >= 1024 and unit < len(UNITS) - 1:
+        value, unit = value / 1024, unit + 1
+    return f"{value:.1f} {UNITS[unit]}" if unit else f"{n_bytes} B"
+
+
+def bits_per_weight(plan: Plan) -> float:
+    return 8 * plan.n_bytes / plan.n_weights
+
+
+def warnings(console: Console, messages: Sequence[str]) -> None:
+    for message in messages:
+        console.print(f"warning: {message}", markup=False)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column.strip(">"), justify="right" if column.startswith(">") else "left", overflow="fold")
+    return table
+
+
+def _render(*parts: Table | str) -> str:
+    """Tables and lines as plain text; a console is only used to lay them out."""
+    buffer = io.StringIO()
+    console = Console(file=buffer, width=WIDTH, highlight=False, color_system=None)
+    for part in parts:
+        console.print(part, markup=False, soft_wrap=isinstance(part, str))
+    return buffer.getvalue().rstrip()
+
+
+# --- convert ---
+
+
+def plan(conversion: Conversion) -> str:
+    table = _table("tensor", "from", ">shape", "type", ">size", "why")
+    for t in conversion.plan.tensors:
+        shape = " x ".join(map(str, t.shape))
+        table.add_row(t.name, t.header.name, shape, t.choice.type.name, size(t.n_bytes), t.choice.reason)
+    for drop in conversion.plan.dropped:
+        table.add_row("(left out)", drop.source, "", "", "", drop.reason)
+    return _render(table, "", _total(conversion.plan), *_fallbacks(conversion.plan))
+
+
+def _total(plan: Plan) -> str:
+    rate = bits_per_weight(plan)
+    return f"{len(plan.tensors)} tensors, {plan.n_weights:,} weights, {size(plan.n_bytes)}, {rate:.2f} bits per weight"
+
+
+def _fallbacks(plan: Plan) -> list[str]:
+    count = sum(t.choice.fell_back for t in plan.tensors)
+    return [f"{count} tensors could not take the recipe's type, see the last column"] if count else []
+
+
+def plan_json(conversion: Conversion) -> dict[str, Any]:
+    return {
+        "tensors": [
+            {
+                "name": t.name,
+                "source": t.header.name,
+                "shape": t.shape,
+                "type": t.choice.type.name,
+                "bytes": t.n_bytes,
+                "reason": t.choice.reason,
+            }
+            for t in conversion.plan.tensors
+        ],
+        "dropped": [{"source": d.source, "reason": d.reason} for d in conversion.plan.dropped],
+        "bytes": conversion.plan.n_bytes,
+        "weights": conversion.plan.n_weights,
+        "bits_per_weight": bits_per_weight(conversion.plan),
+        "warnings": list(conversion.warnings),
+        "launch": launch_command(conversion),
+    }
+
+
+def report(report: Report) -> str:
+    conversion = report.conversion
+    ratio = report.out_bytes / report.source_bytes
+    lines = [
+        f"wrote {report.out} ({conversion.job.recipe} for {conversion.cell.runtime})",
+        f"  {size(report.source_bytes)} of safetensors -> {size(report.out_bytes)} of GGUF ({ratio:.0%}), tokenizer"
+        f" {'included' if conversion.cell.tokenizer else 'not needed'}",
+        f"  {_total(conversion.plan)}",
+        *(f"  left out {drop.source}: {drop.reason}" for drop in conversion.plan.dropped),
+        *(f"  {line}" for line in _fallbacks(conversion.plan)),
+        *(f"  note: {note}" for note in conversion.cell.notes),
+        "run it:",
+        f"  {report.launch}",
+    ]
+    return "\n".join(lines)
+
+
+def report_json(report: Report) -> dict[str, Any]:
+    sizes = {"out": str(report.out), "source_bytes": report.source_bytes, "out_bytes": report.out_bytes}
+    return {**sizes, **plan_json(report.conversion)}
+
+
+# --- inspect ---
+
+
+def inspection(found: Inspection) -> str:
+    facts = _table("fact", "value", "from")
+    for fact in found.facts:
+        facts.add_row(fact.name, _value(fact.value), fact.origin)
+    tensors = _table("tensor", ">shape", "type", ">size")
+    for t in found.tensors:
+        tensors.add_row(t.name, " x ".join(map(str, t.shape)), t.type, size(t.n_bytes))
+    total = sum(t.n_bytes for t in found.tensors)
+    head = f"{found.path}: {found.kind} drafter, {found.format}"
+    runtimes = [f"{name}: {reason or 'loads it'}" for name, reason in found.runtimes.items()]
+    counts = f"{len(found.tensors)} tensors, {size(total)}"
+    return _render(head, "", facts, "", tensors, "", counts, *runtimes)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(_value(v) for v in value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# --- list ---
+
+
+def _kinds() -> list[dict[str, str]]:
+    return [
+        {"kind": k.name, "what it is": k.summary, "runtimes": ", ".join(r for name, r in CELLS if name == k.name)}
+        for k in KINDS.values()
+    ]
+
+
+def _dialects() -> list[dict[str, str]]:
+    return [
+        {
+            "runtime": cell.runtime,
+            "kind": cell.kind,
+            "general.architecture": cell.arch,
+            "tokenizer": "the target's, in the file" if cell.tokenizer else "none",
+            "read from": cell.source,
+        }
+        for cell in CELLS.values()
+    ]
+
+
+def _recipes() -> list[dict[str, str]]:
+    return [
+        {"recipe": r.name, "bits per weight": f"{TYPES[r.weights].bits_per_weight:g}", "summary": r.summary}
+        for r in RECIPES.values()
+    ]
+
+
+def _types() -> list[dict[str, str]]:
+    return [
+        {"type": t.name, "block": str(t.block), "bits per weight": f"{t.bits_per_weight:g}", "ggml id": str(t.ggml_id)}
+        for t in TYPES.values()
+    ]
+
+
+LISTS: dict[str, Callable[[], list[dict[str, str]]]] = {
+    "kinds": _kinds,
+    "dialects": _dialects,
+    "recipes": _recipes,
+    "types": _types,
+}
+
+
+def listing(rows: list[dict[str, str]]) -> str:
+    table = _table(*rows[0])
+    for row in rows:
+        table.add_row(*row.values())
+    return _render(table)

@@ -1,0 +1,163 @@
+"""The hub's facts: everything a drafter is, each fact one field with one unit and one convention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
+
+from convert_drafter.converters.errors import BadFact
+
+MROPE_SECTIONS = 4
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the trained context.
+
+    `method` is "linear" or "yarn"; `factor` is a ratio of context lengths; an optional number that is None is one the
+    checkpoint leaves to the YaRN paper's value (arXiv 2309.00071), which every runtime shares.
+    """
+
+    method: str
+    factor: float
+    original_context_length: int | None = None
+    extrapolation_factor: float | None = None
+    attention_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding: base, rotated dimensions per head (the first ones, rotate-half), scaling.
+
+    `sections` is None unless the target positions its tokens with M-RoPE; then it holds the four section widths.
+    """
+
+    theta: float
+    dimensions: int
+    scaling: RopeScaling | None = None
+    sections: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.theta) and self.theta > 0):
+            raise BadFact("rope.theta", self.theta, "a finite number above 0")
+        if self.dimensions <= 0 or self.dimensions % 2:
+            raise BadFact("rope.dimensions", self.dimensions, "an even number above 0")
+        if self.sections is not None and len(self.sections) != MROPE_SECTIONS:
+            raise BadFact("rope.sections", self.sections, f"{MROPE_SECTIONS} widths")
+
+
+@dataclass(frozen=True)
+class SlidingWindow:
+    """A key is visible to a query of a sliding layer while `query position - key position < size` (tokens)."""
+
+    size: int
+    layers: tuple[bool, ...]  # one per layer, True = sliding
+
+    def __post_init__(self) -> None:
+        if self.size <= 0:
+            raise BadFact("window.size", self.size, "a number of tokens above 0")
+        if not any(self.layers):
+            raise BadFact("window.layers", self.layers, "at least one sliding layer (else the drafter has no window)")
+
+
+@dataclass(frozen=True)
+class DrafterSpec:
+    """Every fact about one drafter. Required facts have no default; None says "this drafter has none".
+
+    Raises `BadFact` where two facts of one config contradict each other.
+    """
+
+    kind: str
+    layer_count: int
+    hidden_size: int
+    feed_forward_size: int
+    head_count: int
+    kv_head_count: int
+    head_dim: int
+    context_length: int  # tokens
+    vocab_size: int  # rows of the target's embedding
+    norm_epsilon: float
+    rope: Rope
+    block_size: int  # tokens of one block, the anchor included: block_size - 1 are drafted
+    mask_token_id: int
+    capture_layers: tuple[int, ...]  # zero-based; hidden state AFTER target layer k; order is fc's column order
+    target_layer_count: int
+    target_hidden_size: int
+    causal: bool  # inside the block: may a token only look at earlier ones
+    window: SlidingWindow | None = None
+    context_theta: float | None = None  # base for the context's keys where it differs from rope.theta (MiMo)
+    attention_value_scale: float | None = None
+    embedding_scale: float | None = None
+    logit_scale: float | None = None
+    logit_softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        for field in _POSITIVE:
+            if getattr(self, field) <= 0:
+                raise BadFact(field, getattr(self, field), "a number above 0")
+        for field, ok, expected in self._contradictions():
+            if not ok:
+                raise BadFact(field, getattr(self, field.split(".")[0]), expected)
+
+    def _contradictions(self) -> list[tuple[str, bool, str]]:
+        """(field, holds, expected) for every rule that one config can break."""
+        layers, depth = self.capture_layers, self.target_layer_count
+        window_length = self.layer_count if self.window is None else len(self.window.layers)
+        return [
+            ("kv_head_count", self.head_count % self.kv_head_count == 0, f"a divisor of head_count {self.head_count}"),
+            ("block_size", self.block_size >= 2, "at least 2: the anchor and one drafted token"),
+            ("mask_token_id", 0 <= self.mask_token_id < self.vocab_size, f"inside the vocabulary of {self.vocab_size}"),
+            ("capture_layers", len(layers) > 0, "at least one target layer"),
+            ("capture_layers", len(set(layers)) == len(layers), "each target layer once"),
+            ("capture_layers", all(0 <= k < depth for k in layers), f"zero-based, below the target's depth {depth}"),
+            ("rope", self.rope.dimensions <= self.head_dim, f"at most head_dim {self.head_dim} rotated dimensions"),
+            ("window", window_length == self.layer_count, f"one entry for each of {self.layer_count} layers"),
+        ]
+
+
+_POSITIVE = (
+    "layer_count", "hidden_size", "feed_forward_size", "head_count", "kv_head_count", "head_dim", "context_length",
+    "vocab_size", "norm_epsilon", "target_layer_count", "target_hidden_size",
+)  # fmt: skip
+
+
+# --- the spec as a flat table of facts: what dialects, inspect and doctor work on ---
+
+_NESTED: dict[str, type] = {"rope": Rope, "rope.scaling": RopeScaling, "window": SlidingWindow}
+
+
+def facts_of(spec: DrafterSpec) -> dict[str, object]:
+    """Field path -> value, nested facts as "rope.theta"; a feature the drafter does not have is left out."""
+    return dict(_flatten(spec, ""))
+
+
+def _flatten(part: object, prefix: str) -> Iterator[tuple[str, object]]:
+    for field in fields(part):  # type: ignore[arg-type]
+        path, value = f"{prefix}{field.name}", getattr(part, field.name)
+        if path in _NESTED and value is not None:
+            yield from _flatten(value, f"{path}.")
+        elif value is not None:
+            yield path, value
+
+
+def spec_from(facts: Mapping[str, object]) -> DrafterSpec:
+    """The inverse of `facts_of`. Raises `BadFact` naming a required fact that is missing or contradicts another."""
+    spec: DrafterSpec = _build(DrafterSpec, facts, "")
+    return spec
+
+
+def _build(part: type, facts: Mapping[str, object], prefix: str) -> Any:
+    values = {}
+    for field in fields(part):
+        path = f"{prefix}{field.name}"
+        if path in _NESTED and any(name.startswith(f"{path}.") for name in facts):
+            values[field.name] = _build(_NESTED[path], facts, f"{path}.")
+        elif path in facts:
+            values[field.name] = facts[path]
+        elif field.default is MISSING:
+            raise BadFact(path, None, "a value")
+    return part(**values)
