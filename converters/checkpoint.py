@@ -129,7 +129,7 @@ def slabs(tensor: TensorHeader, max_bytes: int = SLAB_BYTES) -> Iterator[Array]:
 def _find_weights(source: Path) -> tuple[Path, tuple[Path, ...], dict[str, str] | None]:
     """(folder of the weights, its weight files, the index's weight_map where it has an index)."""
     if not source.is_dir():
-        if source.suffix == WEIGHTS:
+        if source.suffix == WEIGHTS and source.exists():
             return source.parent, (source,), None
         raise WrongInput(f"{source}: expected an existing folder or a {WEIGHTS} file; {NO_PICKLE}")
     below = sorted(filter(Path.is_dir, source.iterdir()))
@@ -206,7 +206,7 @@ def _header_bytes(path: Path) -> tuple[bytes, int]:
             raise WrongInput("found a git-lfs pointer, expected the file it stands for: `git lfs pull`")
         length = int.from_bytes(head, "little")
         if 8 + length > size:
-            raise WrongInput(f"truncated, or no safetensors: found {size} bytes, expected at least {8 + length}")
+            raise WrongInput(f"truncated or foreign: the header promises {8 + length} bytes, the file has {size}")
         if length > HEADER_LIMIT:
             raise WrongInput(f"header length: found {length}, expected at most {HEADER_LIMIT}")
         return file.read(length), size

@@ -120,10 +120,10 @@ def progress(name: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda n: bar.advance(task, n)
 
 
-def main() -> NoReturn:
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point: every foreseeable failure is one message and an exit code, never a traceback."""
     try:
-        code = cli.main(standalone_mode=False)
+        code = cli.main(arguments, prog_name="convert-drafter", standalone_mode=False)
     except DrafterError as error:
         fail(str(error), error.exit_code)
     except click.ClickException as error:

@@ -36,6 +36,13 @@ def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield path
 
 
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
+
+
 def override(config: Mapping[str, Any], settings: Mapping[str, str]) -> dict[str, Any]:
     """A copy of `config` with the user's `--set PATH=JSON` values in it (bare words count as strings)."""
     out = cast(dict[str, Any], json.loads(json.dumps(config)))
@@ -148,10 +155,8 @@ class ConfigReader:
     def _convert(self, kind: type[T], value: Any, path: str) -> T:
         """The only casts are int to float and a whole float to int; a bool is never a number."""
         if kind in (int, float) and isinstance(value, int | float) and not isinstance(value, bool):
-            if kind is float and math.isfinite(value):
-                return cast(T, float(value))
-            if kind is int and math.isfinite(value) and value == int(value):
-                return cast(T, int(value))
+            if _finite(value) and (kind is float or value == int(value)):
+                return kind(value)  # type: ignore[call-arg]
         elif kind not in (int, float) and isinstance(value, kind):
             return value
         raise self.error(path, f"found {value!r}", JSON_NAMES.get(kind, "an array" if kind is list else kind.__name__))

@@ -251,4 +251,4 @@ def _keys(
     )
 
 
-__all__ = ["ConvertJob", "Conversion", "Report", "convert", "prepare", "read_published", "write_conversion"]
+__all__ = ["Conversion", "ConvertJob", "Report", "convert", "prepare", "read_published", "write_conversion"]

@@ -1,7 +1,6 @@
 """GGUF files: strict reading, atomic streaming writing.
 
-Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; limits as in ggml.h and gguf.cpp. Only this module
-knows that ggml lists a shape's dimensions in the reverse of torch order.
+Layout: docs/gguf.md of ggml; limits as in its gguf.cpp. Only here torch order meets ggml's, which is its reverse.
 """
 
 from __future__ import annotations
@@ -12,11 +11,11 @@ import reprlib
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from io import BufferedReader, FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +25,10 @@ from convert_drafter.converters.errors import Problems, WrongInput
 
 Scalar = bool | int | float | str
 Bytes = npt.NDArray[np.uint8]
+Chunks = Iterable[npt.NDArray[Any]]
+Advance = Callable[[int], None]
 T = GGUFValueType
+E = TypeVar("E", GGUFValueType, GGMLQuantizationType)
 
 ARCHITECTURE, ALIGNMENT, SPLIT_COUNT = "general.architecture", "general.alignment", "split.count"
 DEFAULT_ALIGNMENT, MAX_ALIGNMENT = 32, 2**20
@@ -109,12 +111,9 @@ class GGUFFile:
 
 
 def write_gguf(
-    path: Path,
-    keys: Sequence[KeyValue],
-    tensors: Sequence[StoredTensor],
-    data: Callable[[StoredTensor], Iterable[npt.NDArray[Any]]],
-    advance: Callable[[int], None] = lambda n_bytes: None,
-) -> int:
+    path: Path, keys: Sequence[KeyValue], tensors: Sequence[StoredTensor], data: Callable[[StoredTensor], Chunks],
+    advance: Advance = lambda n_bytes: None,
+) -> int:  # fmt: skip
     """Write a GGUF under `path` completely or not at all; returns its size in bytes.
 
     `data(tensor)` yields arrays that together are exactly the tensor's bytes; `advance` hears of bytes gone out.
@@ -165,9 +164,7 @@ def _write_head(partial: Path, keys: Sequence[KeyValue], tensors: Sequence[Store
         writer.close()
 
 
-def _write_tensor(
-    path: Path, file: FileIO, tensor: StoredTensor, chunks: Iterable[npt.NDArray[Any]], advance: Callable[[int], None]
-) -> None:
+def _write_tensor(path: Path, file: FileIO, tensor: StoredTensor, chunks: Chunks, advance: Advance) -> None:
     sent = 0
     for chunk in chunks:
         piece = np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data
@@ -188,21 +185,27 @@ def _put(path: Path, file: FileIO, piece: memoryview) -> None:
 
 def _sync_folder(folder: Path) -> None:
     """Makes the new name survive a power cut; some systems cannot, and the file is complete without it."""
-    with suppress(OSError):
+    with suppress(OSError), ExitStack() as stack:
         descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        stack.callback(os.close, descriptor)
+        os.fsync(descriptor)
 
 
 def _key_problems(keys: Sequence[KeyValue]) -> list[str]:
     problems = [f"key {entry.key!r}: {misfit}" for entry in keys if (misfit := _misfit(entry))]
-    counts = Counter(entry.key for entry in keys)
-    problems += [f"key {key!r}: found {count} times, expected once" for key, count in counts.items() if count > 1]
     if not any(entry.key == ARCHITECTURE and entry.type is T.STRING and entry.value for entry in keys):
         problems.append(f"key {ARCHITECTURE!r}: not found, expected the STRING that every runtime reads first")
-    return problems
+    return problems + _repeated("key", [entry.key for entry in keys])
+
+
+def _tensor_problems(tensors: Sequence[StoredTensor]) -> list[str]:
+    if not tensors:
+        return ["found no tensor, expected at least one: nothing of the source was recognized"]
+    return list(filter(None, map(_tensor_fault, tensors))) + _repeated("tensor", [tensor.name for tensor in tensors])
+
+
+def _repeated(what: str, names: list[str]) -> list[str]:
+    return [f"{what} {name!r}: found {n} times, expected once" for name, n in Counter(names).items() if n > 1]
 
 
 def _misfit(entry: KeyValue) -> str | None:
@@ -225,22 +228,14 @@ def _fits(kind: GGUFValueType, value: object) -> bool:
         return False
 
 
-def _tensor_problems(tensors: Sequence[StoredTensor]) -> list[str]:
-    if not tensors:
-        return ["found no tensor, expected at least one: nothing of the source was recognized"]
-    counts = Counter(tensor.name for tensor in tensors)
-    twice = [f"tensor {name!r}: found {count} times, expected once" for name, count in counts.items() if count > 1]
-    return twice + [fault for fault in map(_tensor_fault, tensors) if fault]
-
-
 def _tensor_fault(tensor: StoredTensor) -> str | None:
     """What ggml would refuse in a tensor's name, shape or type."""
     if not _fits(T.STRING, tensor.name) or not 0 < len(tensor.name.encode()) <= MAX_NAME:
         return f"tensor {tensor.name!r}: name: expected 1 to {MAX_NAME} bytes of UTF-8"
-    sizes = all(type(size) is int and size > 0 for size in tensor.shape)
-    if not sizes or len(tensor.shape) > MAX_DIMS or tensor.n_elements >= 2**63:
-        expected = f"at most {MAX_DIMS} sizes above 0, their product below 2^63"
-        return f"tensor {tensor.name!r}: shape: found {tensor.shape}, expected {expected}"
+    sizes = len(tensor.shape) <= MAX_DIMS and all(type(size) is int and size > 0 for size in tensor.shape)
+    if not sizes or tensor.n_elements >= 2**63:
+        found = f"shape: found {reprlib.repr(tensor.shape)}"
+        return f"tensor {tensor.name!r}: {found}, expected at most {MAX_DIMS} sizes above 0, their product below 2^63"
     try:
         _ = tensor.row_bytes
     except WrongInput as error:
@@ -269,8 +264,8 @@ class _Cursor:
     """Walks the metadata from the file's start; a length is held against the file before it is believed."""
 
     def __init__(self, path: Path, file: BufferedReader) -> None:
-        self.path, self.file, self.at, self.data = path, file, 0, bytearray()
-        self.size = os.fstat(file.fileno()).st_size
+        self.path, self.file, self.size = path, file, os.fstat(file.fileno()).st_size
+        self.at, self.data, self.limit = 0, bytearray(), min(self.size, MAX_METADATA)
 
     def wrong(self, what: str, found: object, expected: object) -> WrongInput:
         return WrongInput(f"{self.path}: byte {self.at}: {what}: found {found}, expected {expected}")
@@ -278,35 +273,39 @@ class _Cursor:
     def load(self, count: int, what: str) -> None:
         """Have `count` bytes from the position on in `data`."""
         end = self.at + count
-        if end > min(self.size, MAX_METADATA):
-            left = f"{self.size - self.at} bytes up to the end of the file"
-            raise self.wrong(what, left, f"{count}; the file is truncated or damaged: download it again")
+        if end <= len(self.data):
+            return
+        if end > self.limit:
+            raise self.wrong(what, f"{self.limit - self.at} bytes left", f"{count}: truncated or damaged")
+        self.data += self.file.read(max(end - len(self.data), 2**20))
         if end > len(self.data):
-            self.data += self.file.read(max(end - len(self.data), 2**20))
-        if end > len(self.data):
-            raise self.wrong(
-                what, f"a file of {len(self.data)} bytes", f"{self.size}; the file changed while being read"
-            )
+            raise self.wrong(what, f"{len(self.data)} bytes in the file", f"{self.size}; it changed while being read")
 
     def numbers(self, kind: GGUFValueType, count: int, what: str) -> tuple[Any, ...]:
-        n_bytes = count * struct.calcsize("<" + CODES[kind])
+        start, n_bytes = self.at, count * struct.calcsize("<" + CODES[kind])
         self.load(n_bytes, what)
-        if kind is T.BOOL and max(self.data[self.at : self.at + n_bytes], default=0) > 1:
-            raise self.wrong(what, "a BOOL above 1", "0 or 1")
-        values = struct.unpack_from(f"<{count}{CODES[kind]}", self.data, self.at)
         self.at += n_bytes
-        return values
+        if kind is T.BOOL and max(self.data[start : self.at], default=0) > 1:
+            raise self.wrong(what, "a BOOL above 1", "0 or 1")
+        return struct.unpack_from(f"<{count}{CODES[kind]}", self.data, start)
 
     def number(self, kind: GGUFValueType, what: str) -> int:
         return int(self.numbers(kind, 1, what)[0])
 
+    def member(self, kinds: type[E], what: str) -> E:
+        number = self.number(T.UINT32, what)
+        try:
+            return kinds(number)
+        except ValueError as error:
+            raise self.wrong(
+                what, f"{kinds.__name__} {number}", f"one of {', '.join(kind.name for kind in kinds)}"
+            ) from error
+
     def string(self, what: str) -> str:
+        self.load(8, what)
         start = self.at + 8
-        if start > len(self.data):
-            self.load(8, what)
         end = start + int.from_bytes(self.data[self.at : start], "little")
-        if end > len(self.data):
-            self.load(end - self.at, what)
+        self.load(end - self.at, what)
         try:
             text = self.data[start:end].decode()
         except UnicodeDecodeError as error:
@@ -323,31 +322,24 @@ class _Cursor:
 
 
 def read_gguf(path: Path) -> GGUFFile:
-    """Read and check all metadata of a little-endian GGUF, version 2 or 3; no tensor data is read.
-
-    Raises `WrongInput` with the place, what was found and what was expected there. A file without tensors is read.
-    """
+    """Read and check all metadata of a little-endian GGUF, version 2 or 3, and no tensor data; raises `WrongInput`."""
+    keys: dict[str, KeyValue] = {}
+    tensors: dict[str, StoredTensor] = {}
     with _deed(path, "read"), path.open("rb") as file:
         cursor = _Cursor(path, file)
         version, n_tensors, n_keys = _read_counts(cursor)
-        keys: dict[str, KeyValue] = {}
         for _ in range(n_keys):
             _read_key(cursor, keys)
         alignment = _alignment(path, keys)
-        tensors: dict[str, StoredTensor] = {}
         relative = [_read_tensor(cursor, tensors) for _ in range(n_tensors)]
-    start = cursor.at + -cursor.at % alignment
-    _check_layout(cursor, tensors, relative, start, alignment)
-    offsets = {name: start + offset for name, offset in zip(tensors, relative, strict=True)}
-    return GGUFFile(path, version, alignment, keys, tensors, offsets)
+    return GGUFFile(path, version, alignment, keys, tensors, _offsets(cursor, tensors, relative, alignment))
 
 
 def _read_counts(cursor: _Cursor) -> tuple[int, int, int]:
     """(version, number of tensors, number of keys)."""
-    cursor.load(4, "magic")
-    if cursor.data[:4] != b"GGUF":
-        raise cursor.wrong("magic", bytes(cursor.data[:8]), "b'GGUF': this is no GGUF file")
-    cursor.at = 4
+    magic = bytes(cursor.numbers(T.UINT8, 4, "magic"))
+    if magic != b"GGUF":
+        raise cursor.wrong("magic", magic, "b'GGUF': this is no GGUF file")
     version = cursor.number(T.UINT32, "version")
     if version not in (2, 3):
         what = "big-endian GGUF" if version & 0xFFFF == 0 else f"version {version}"
@@ -364,25 +356,15 @@ def _read_key(cursor: _Cursor, keys: dict[str, KeyValue]) -> None:
     what = f"key {key!r}"
     if not key or key in keys:
         raise cursor.wrong(what, "it twice" if key else "no name", "names of their own")
-    kind, element, count = _value_type(cursor, what), None, 1
-    if kind is T.ARRAY:
-        element = _value_type(cursor, what)
-        count = cursor.number(T.UINT64, what)
+    kind = cursor.member(T, what)
+    element = cursor.member(T, what) if kind is T.ARRAY else None
     if element is T.ARRAY:
         raise cursor.wrong(what, "an array of arrays", "an array of scalars")
+    count = 1 if element is None else cursor.number(T.UINT64, what)
     values = cursor.values(kind if element is None else element, count, what)
     keys[key] = KeyValue(key, kind, values[0] if element is None else values, element)
     if key == SPLIT_COUNT and values and values[0] not in (0, 1):
         raise cursor.wrong(what, f"one of {values[0]} parts", "a whole model; join it with `llama-gguf-split --merge`")
-
-
-def _value_type(cursor: _Cursor, what: str) -> GGUFValueType:
-    number = cursor.number(T.UINT32, what)
-    try:
-        return T(number)
-    except ValueError as error:
-        known = ", ".join(f"{kind} {kind.name}" for kind in T)
-        raise cursor.wrong(what, f"value type {number}", f"one of {known}") from error
 
 
 def _read_tensor(cursor: _Cursor, tensors: dict[str, StoredTensor]) -> int:
@@ -391,38 +373,26 @@ def _read_tensor(cursor: _Cursor, tensors: dict[str, StoredTensor]) -> int:
     what = f"tensor {name!r}"
     if name in tensors:
         raise cursor.wrong(what, "it twice", "names of their own")
-    n_dims = cursor.number(T.UINT32, what)
-    if n_dims > MAX_DIMS:
-        raise cursor.wrong(what, f"{n_dims} dimensions", f"at most {MAX_DIMS}")
-    dims = cursor.numbers(T.UINT64, n_dims, what)
-    number = cursor.number(T.UINT32, what)
-    try:
-        tensors[name] = StoredTensor(name, dims[::-1], GGMLQuantizationType(number))
-    except ValueError as error:
-        expected = "a type of mainline ggml; only the runtime it was made for can know it"
-        raise cursor.wrong(what, f"ggml type {number}", expected) from error
+    dims = cursor.numbers(T.UINT64, cursor.number(T.UINT32, what), what)
+    tensors[name] = StoredTensor(name, dims[::-1], cursor.member(GGMLQuantizationType, what))
     if fault := _tensor_fault(tensors[name]):
         raise WrongInput(f"{cursor.path}: byte {cursor.at}: {fault}")
     return cursor.number(T.UINT64, what)
 
 
-def _check_layout(
-    cursor: _Cursor, tensors: Mapping[str, StoredTensor], offsets: list[int], start: int, alignment: int
-) -> None:
-    """Tensors have to lie one after another, each on the alignment, inside the file: ggml loads nothing else."""
-    expected = end = 0
-    for tensor, offset in zip(tensors.values(), offsets, strict=True):
-        if offset != expected:
-            what = "overlaps the one before it" if offset < expected else "leaves a hole before it"
-            what = f"is not aligned to {alignment}" if offset % alignment else what
-            raise WrongInput(
-                f"{cursor.path}: tensor {tensor.name!r} {what}: found offset {offset}, expected {expected}"
-            )
-        end = offset + tensor.n_bytes
-        expected = end + -end % alignment
-    if tensors and start + end > cursor.size:
-        missing = next(
-            t for t, at in zip(tensors, offsets, strict=True) if start + at + tensors[t].n_bytes > cursor.size
-        )
-        text = f"the metadata promises {start + end} bytes, the file has {cursor.size}; tensor {missing!r} is cut"
-        raise WrongInput(f"{cursor.path}: truncated: {text}; download it again")
+def _offsets(cursor: _Cursor, tensors: dict[str, StoredTensor], relative: list[int], alignment: int) -> dict[str, int]:
+    """Where each tensor starts in the file: one after another, aligned, inside the file; ggml loads nothing else."""
+    start = at = cursor.at + -cursor.at % alignment
+    offsets = {}
+    for tensor, offset in zip(tensors.values(), relative, strict=True):
+        where = f"{cursor.path}: tensor {tensor.name!r}"
+        if start + offset != at:
+            fault = "overlaps the one before it" if start + offset < at else "leaves a hole before it"
+            fault = f"is not aligned to {alignment}" if offset % alignment else fault
+            raise WrongInput(f"{where} {fault}: found offset {offset}, expected {at - start}")
+        offsets[tensor.name] = at
+        end = at + tensor.n_bytes
+        if end > cursor.size:
+            raise WrongInput(f"{where}: truncated: it ends at byte {end}, the file at {cursor.size}; download it again")
+        at = end + -end % alignment
+    return offsets

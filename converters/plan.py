@@ -101,7 +101,7 @@ def _product(shape: Sequence[int]) -> int:
 
 
 def _pattern(source: str) -> re.Pattern[str]:
-    return re.compile(re.escape(source).replace(r"\{i\}", r"(\d+)"))
+    return re.compile(re.escape(source).replace(r"\{i\}", r"(\d{1,9})"))
 
 
 def plain_name(name: str) -> str:

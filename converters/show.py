@@ -17,7 +17,7 @@ from convert_drafter.converters.plan import Plan
 from convert_drafter.converters.recipes import RECIPES
 from convert_drafter.quant import TYPES
 
-WIDTH = 110
+WIDTH = 1000  # never fold: a terminal does it by itself, a file or a pipe should not have it
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -51,7 +51,7 @@ def _render(*parts: Table | str) -> str:
     console = Console(file=buffer, width=WIDTH, highlight=False, color_system=None)
     for part in parts:
         console.print(part, markup=False, soft_wrap=isinstance(part, str))
-    return buffer.getvalue().rstrip()
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()).rstrip()
 
 
 # --- convert ---

