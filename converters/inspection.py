@@ -11,7 +11,7 @@ from convert_drafter.converters.convert import read_published
 from convert_drafter.converters.dialects import CELLS, Cell, cell_of_arch, check, read
 from convert_drafter.converters.dialects.cell import OWN_ROWS
 from convert_drafter.converters.errors import DrafterError, WrongInput
-from convert_drafter.converters.gguf_file import GGUFFile, read_gguf
+from convert_drafter.converters.gguf_read import GGUFFile, read_gguf
 from convert_drafter.converters.spec import DrafterSpec, facts_of
 
 

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 from convert_drafter.converters.config import ConfigReader, lookup
 from convert_drafter.converters.errors import WrongInput
-from convert_drafter.converters.gguf_file import GGUFFile, KeyValue, read_gguf
+from convert_drafter.converters.gguf_file import KeyValue
+from convert_drafter.converters.gguf_read import GGUFFile, read_gguf
 from convert_drafter.converters.tokenizer import TOKENS, Tokenizer, copy_tokenizer, read_json, read_tokenizer
 
 T = TypeVar("T", int, str)

@@ -32,7 +32,8 @@ from published import (
 )
 
 from convert_drafter.converters import ConvertJob, convert
-from convert_drafter.converters.gguf_file import GGUFFile, KeyValue, read_gguf
+from convert_drafter.converters.gguf_file import KeyValue
+from convert_drafter.converters.gguf_read import GGUFFile, read_gguf
 
 GOLDEN = FIXTURES / "dialects" / "llama.cpp-differences.json"
 RECIPES = ("F32", "F16", "BF16", "Q8_0")

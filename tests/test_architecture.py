@@ -15,7 +15,7 @@ PACKAGE = "convert_drafter."
 FLOORS = {
     0: ["quant"],
     1: ["errors", "roles", "spec"],
-    2: ["config", "checkpoint", "gguf_file", "pre_tokenizers", "tokenizer", "target"],
+    2: ["config", "checkpoint", "gguf_file", "gguf_read", "pre_tokenizers", "tokenizer", "target"],
     3: ["ops", "recipes", "plan", "provenance"],
     4: ["drafters", "dialects"],
     5: ["convert", "inspection", "verify"],
@@ -25,7 +25,7 @@ FLOORS = {
 # A package on one floor may use itself, but `drafters` and `dialects` do not know each other.
 STRANGERS = {("drafters", "dialects"), ("dialects", "drafters")}
 FILES = sorted((*ROOT.glob("converters/**/*.py"), *ROOT.glob("quant/*.py")))
-FILE_LINES, FUNCTION_LINES = 400, 45
+FILE_LINES, FUNCTION_LINES = 320, 45
 
 
 def home(path: Path) -> str:

@@ -30,7 +30,7 @@ from published import (
 
 from convert_drafter.converters import ConvertJob, DrafterError, Problems, WrongInput, WrongUsage, convert, prepare
 from convert_drafter.converters.dialects import RUNTIMES, find_cell, read
-from convert_drafter.converters.gguf_file import GGUFFile, read_gguf
+from convert_drafter.converters.gguf_read import GGUFFile, read_gguf
 from convert_drafter.converters.provenance import source_of
 from convert_drafter.converters.recipes import RECIPES
 from convert_drafter.converters.spec import spec_from
@@ -356,7 +356,7 @@ def test_gemma_target_scales_the_embedding(source: Path, tmp_path: Path) -> None
 
 
 def test_missing_target_says_what_it_is_for(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(WrongUsage, match="llama.cpp wants the target's tokenizer"):
+    with pytest.raises(WrongUsage, match=r"llama\.cpp wants the target's tokenizer"):
         prepare(job(source, tmp_path / "out.gguf", runtime="llama.cpp"))
 
 

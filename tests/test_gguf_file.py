@@ -23,7 +23,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from convert_drafter.converters.errors import DrafterError, Problems, WrongInput
-from convert_drafter.converters.gguf_file import KeyValue, StoredTensor, read_gguf, write_gguf
+from convert_drafter.converters.gguf_file import KeyValue, StoredTensor, write_gguf
+from convert_drafter.converters.gguf_read import read_gguf
 
 ARCH = KeyValue("general.architecture", T.STRING, "dflash")
 KEYS = (

@@ -81,7 +81,7 @@ BAD: dict[str, list[Any]] = {
     "block": [*OTHER_TYPES, 16.5, 0, -1, 1],  # one token is the anchor alone
 }
 BAD_COUNT = [*OTHER_TYPES, 16.5, 0, -1]
-BAD_CAPTURE = ["1", None, True, 1.5, math.nan, [1], -1, 1000, "twice"]
+BAD_CAPTURE = ["1", None, True, 1.5, math.nan, [1], -1, 1000]
 
 
 def config_of(name: str) -> dict[str, Any]:
@@ -107,18 +107,13 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return files
 
 
-def refusal(folder: Path, weights: Path, config: dict[str, Any], target: Path | None = None) -> str:
+def refusal(folder: Path, weights: Path, config: dict[str, Any]) -> str:
     source = config_beside(folder / "drafter", weights, config)
     with pytest.raises(WrongInput) as caught:
-        read_published(source, target)
+        read_published(source)
     message = str(caught.value)
     assert message.startswith(f"{source / 'config.json'}: "), message
     return message
-
-
-def ids(value: Any) -> str:
-    text = "huge" if isinstance(value, int) and value > 10**30 else "deleted" if value is DELETE else repr(value)
-    return text.replace("/", "_")
 
 
 # --- the table itself ---
@@ -174,13 +169,11 @@ def test_one_of_two_places_is_enough(name: str, fact: str, path: str, weights: d
         assert read_published(config_beside(tmp_path / str(n), weights[name], config)).spec == whole
 
 
-@pytest.mark.parametrize(("name", "fact", "path"), DOUBLED)
+@pytest.mark.parametrize(("name", "fact", "path"), [case for case in DOUBLED if case[1] != "theta"])
 def test_two_places_that_disagree_are_both_named(
     name: str, fact: str, path: str, weights: dict[str, Path], tmp_path: Path
 ) -> None:
     """T-54, G-10; theta's warning instead is in test_rope.py."""
-    if fact == "theta":
-        pytest.skip("a warning, not an error")
     value = lookup(CONFIGS[name], path)
     other = [*value[:-1], value[-1] - 1] if isinstance(value, list) else value + 1
     message = refusal(tmp_path, weights[name], changed(CONFIGS[name], {path: other}))
@@ -190,34 +183,41 @@ def test_two_places_that_disagree_are_both_named(
 
 # --- wrong ---
 
-WRONG = [
-    pytest.param(name, path, value, id=f"{name}-{path}-{ids(value)}")
-    for name in CONVERTIBLE
-    for fact in REQUIRED
-    for path in spellings(name, fact)
-    for value in BAD.get(fact, BAD_COUNT)
-]
+WRONG = [(name, fact, path) for name in CONVERTIBLE for fact in REQUIRED for path in spellings(name, fact)]
 
 
-@pytest.mark.parametrize(("name", "path", "value"), WRONG)
-def test_wrong_values_are_named(name: str, path: str, value: Any, weights: dict[str, Path], tmp_path: Path) -> None:
+def is_refused(source: Path, config: dict[str, Any], path: str) -> bool:
+    """True for an error that names the file and the key."""
+    (source / "config.json").write_text(json.dumps(config))
+    try:
+        read_published(source)
+    except WrongInput as error:
+        return str(error).startswith(f"{source / 'config.json'}: ") and path in str(error)
+    return False
+
+
+@pytest.mark.parametrize(("name", "fact", "path"), WRONG)
+def test_wrong_values_are_named(name: str, fact: str, path: str, weights: dict[str, Path], tmp_path: Path) -> None:
     """T-9, T-22, T-53: a string, list, flag, object, NaN or senseless number is never used, cast or passed over."""
-    message = refusal(tmp_path, weights[name], changed(CONFIGS[name], {path: value}))
-    assert path in message, message
+    source = config_beside(tmp_path / "drafter", weights[name], CONFIGS[name])
+    bad = BAD.get(fact, BAD_COUNT)
+    if fact == "theta" and path != spellings(name, fact)[0]:
+        bad = OTHER_TYPES  # a number there is superseded by the nested one, with a warning: test_rope.py
+    passed = [value for value in bad if not is_refused(source, changed(CONFIGS[name], {path: value}), path)]
+    assert passed == []
 
 
 CAPTURES = [(name, path) for name in CONVERTIBLE for path in spellings(name, "captures")]
 
 
-@pytest.mark.parametrize("bad", BAD_CAPTURE, ids=ids)
 @pytest.mark.parametrize(("name", "path"), CAPTURES)
-def test_wrong_capture_layers_are_named(
-    name: str, path: str, bad: Any, weights: dict[str, Path], tmp_path: Path
-) -> None:
+def test_wrong_capture_layers_are_named(name: str, path: str, weights: dict[str, Path], tmp_path: Path) -> None:
     """T-12, T-51: an entry that is no layer of the target, or that is there twice."""
-    listed = list(lookup(CONFIGS[name], path))
-    listed[-1] = listed[0] if bad == "twice" else bad
-    assert path in refusal(tmp_path, weights[name], changed(CONFIGS[name], {path: listed}))
+    source = config_beside(tmp_path / "drafter", weights[name], CONFIGS[name])
+    listed = lookup(CONFIGS[name], path)
+    lists = [[*listed[:-1], bad] for bad in (*BAD_CAPTURE, listed[0])]
+    passed = [bad for bad in lists if not is_refused(source, changed(CONFIGS[name], {path: bad}), path)]
+    assert passed == []
 
 
 @pytest.mark.parametrize(("name", "path"), [c for c in CAPTURES if lookup(CONFIGS[c[0]], "num_target_layers") == 36])

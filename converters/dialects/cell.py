@@ -147,7 +147,7 @@ def write(cell: Cell, spec: DrafterSpec) -> tuple[KeyValue, ...]:
 
 
 def read(cell: Cell, keys: Mapping[str, KeyValue]) -> dict[str, Any]:
-    """The facts a file carries, by field path. Raises `WrongInput` naming a key of the wrong type or a contradiction."""
+    """The facts a file carries, by field path. `WrongInput` names a key of the wrong type or a contradiction."""
     facts: dict[str, Any] = {}
     for row in (*cell.rows, *OWN_ROWS):
         name = row.key.format(a=cell.arch)

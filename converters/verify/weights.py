@@ -16,7 +16,7 @@ from convert_drafter.converters.convert import Published
 from convert_drafter.converters.dialects import cell_of_arch, read
 from convert_drafter.converters.drafters import KINDS
 from convert_drafter.converters.errors import Problems, WrongInput
-from convert_drafter.converters.gguf_file import read_gguf
+from convert_drafter.converters.gguf_read import read_gguf
 from convert_drafter.converters.plan import TensorRule, match_tensors
 from convert_drafter.converters.roles import TensorKey
 from convert_drafter.converters.spec import DrafterSpec, spec_from

@@ -110,7 +110,7 @@ class DFlash(nn.Module):
         self.norm = RMSNorm(spec.hidden_size, spec.norm_epsilon)
 
     def fuse(self, captured: Tensor) -> Tensor:
-        """Captured hidden states, concatenated in capture order, to context features: (..., T, K * H) -> (..., T, H)."""
+        """Captured states side by side in capture order -> context features: (..., T, K * H) -> (..., T, H)."""
         feature: Tensor = self.hidden_norm(self.fc(captured))
         return feature
 
