@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from published import PAIR
 from target_gguf import write_target
 
 from convert_drafter.converters import ConvertJob, convert
+from convert_drafter.converters.gguf_file import write_gguf
+from convert_drafter.converters.gguf_read import read_gguf
 
 pytestmark = pytest.mark.engine
 
@@ -101,7 +103,7 @@ def test_other_recipes_draft_as_well(target: Path, folder: Path, alone: Answers,
     [
         pytest.param({"rope_parameters.rope_theta": "1000000"}, id="A1-7 theta"),
         pytest.param({"dflash_config.mask_token_id": "2044"}, id="T-53 mask"),
-        pytest.param({"dflash_config.target_layer_ids": "[1, 3, 4]"}, id="T-51 capture layers"),
+        pytest.param({"dflash_config.target_layer_ids": "[4, 2, 0]"}, id="T-51 capture layers reversed"),
         pytest.param({"layer_types": '["full_attention", "full_attention"]'}, id="T-55 window"),
     ],
 )
@@ -112,5 +114,18 @@ def test_a_wrong_fact_costs_acceptance_and_nothing_else(
     out = folder / "wrong.gguf"
     convert(ConvertJob(PAIR / "drafter", target, "llama.cpp", "F32", out, settings=settings))
     answers = ask(target, folder / "wrong.log", *drafting(out))
+    assert answers.texts == alone.texts
+    assert answers.acceptance_length < TORCH["acceptance_length"] - 0.3
+
+
+def test_capture_layers_off_by_one_cost_acceptance(target: Path, folder: Path, alone: Answers) -> None:
+    """T-51: the ids as the config has them, zero-based, under llama.cpp's one-based key."""
+    good = read_gguf(drafter(target, folder, "F32"))
+    name = "dflash.target_layers"
+    assert good.keys[name].value == (1, 3, 5)
+    keys = {**good.keys, name: replace(good.keys[name], value=(0, 2, 4))}
+    out = folder / "zero-based.gguf"
+    write_gguf(out, list(keys.values()), list(good.tensors.values()), lambda tensor: good.slabs(tensor.name))
+    answers = ask(target, folder / "zero-based.log", *drafting(out))
     assert answers.texts == alone.texts
     assert answers.acceptance_length < TORCH["acceptance_length"] - 0.3
