@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType, GGUFValueType
 from convert_drafter.converters import provenance
 from convert_drafter.converters.checkpoint import Checkpoint, TensorHeader, open_checkpoint, read_rows
 from convert_drafter.converters.config import ConfigReader
-from convert_drafter.converters.dialects import Cell, check, find_cell, write
+from convert_drafter.converters.dialects import Cell, doubts, find_cell, objections, write
 from convert_drafter.converters.drafters import Kind, detect
 from convert_drafter.converters.errors import BadFact, Problems, WrongInput, WrongUsage
 from convert_drafter.converters.gguf_file import KeyValue, StoredTensor, write_gguf
@@ -100,20 +100,20 @@ def prepare(job: ConvertJob) -> Conversion:
     """Decide everything about a conversion from headers alone. Raises with every problem; writes nothing."""
     recipe = find_recipe(job.recipe)
     published = read_published(job.source, job.target, job.settings)
-    spec, reader, target = published.spec, published.reader, published.target
-    cell = find_cell(published.kind.name, job.runtime)
-    tokenizer = _tokenizer(cell, job, spec)
-    refuse_overwriting(job.out, (*published.checkpoint.files, published.checkpoint.config_path, job.target))
-    kind = published.kind
-    matcher = match_tensors(spec, kind.rules(reader), kind.dropped(reader), published.checkpoint.tensors, job.ignore)
+    kind, reader, spec, checkpoint = published.kind, published.reader, published.spec, published.checkpoint
+    cell = find_cell(kind.name, job.runtime)
+    refuse_overwriting(job.out, (*checkpoint.files, checkpoint.config_path, job.target))
+    matcher = match_tensors(spec, kind.rules(reader), kind.dropped(reader), checkpoint.tensors, job.ignore)
     plan = plan_tensors(matcher, recipe, cell.tensor_name, cell.runtime)
-    if matcher.problems:
-        raise Problems(str(job.source), matcher.problems)
+    problems = [*matcher.problems, *objections(cell, spec), *_mispairing(spec, published.target)]
+    if problems:
+        raise Problems(str(job.source), problems)
+    tokenizer = _tokenizer(cell, job, spec)
     warnings = (
         *reader.warnings,
         *(f"{reader.where}: {path}: nobody reads this key" for path in reader.unread()),
-        *check(cell, spec),
-        *_pairing(spec, target, tokenizer),
+        *doubts(cell, spec),
+        *_mask_doubt(spec, tokenizer),
     )
     if warnings and job.strict:
         raise Problems(f"{job.source} (--strict)", warnings)
@@ -217,13 +217,15 @@ def _tokenizer(cell: Cell, job: ConvertJob, spec: DrafterSpec) -> Tokenizer | No
         return None  # this runtime's file carries no tokenizer, so one that we cannot read does not matter
 
 
-def _pairing(spec: DrafterSpec, target: Target | None, tokenizer: Tokenizer | None) -> Iterator[str]:
-    """Doubts about drafter and target; what cannot work raises `WrongInput`."""
+def _mispairing(spec: DrafterSpec, target: Target | None) -> Iterator[str]:
     if target is not None and target.vocab_size != spec.vocab_size:
-        raise WrongInput(
+        yield (
             f"vocab_size: the drafter has {spec.vocab_size}, the target {target.name} has {target.vocab_size};"
             " a drafter uses its target's embedding, so they have to be equal"
         )
+
+
+def _mask_doubt(spec: DrafterSpec, tokenizer: Tokenizer | None) -> Iterator[str]:
     if tokenizer is not None and tokenizer.mask_token_id not in (None, spec.mask_token_id):
         yield (
             f"mask token: the drafter's {spec.mask_token_id} is written, the target's tokenizer has"

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from convert_drafter.converters.convert import read_published
-from convert_drafter.converters.dialects import CELLS, Cell, cell_of_arch, check, read
+from convert_drafter.converters.dialects import CELLS, Cell, cell_of_arch, objections, read
 from convert_drafter.converters.dialects.cell import OWN_ROWS
-from convert_drafter.converters.errors import DrafterError, WrongInput
+from convert_drafter.converters.errors import WrongInput
 from convert_drafter.converters.gguf_read import GGUFFile, read_gguf
-from convert_drafter.converters.spec import DrafterSpec, facts_of
+from convert_drafter.converters.spec import facts_of
 
 
 @dataclass(frozen=True)
@@ -81,16 +81,10 @@ def inspect_checkpoint(path: Path, settings: Mapping[str, str] | None = None) ->
     tensors = tuple(TensorLine(h.name, h.shape, h.dtype, h.n_bytes) for h in published.checkpoint.tensors.values())
     unread = (f"{key}: nobody reads this key" for key in reader.unread())
     warnings = (*reader.warnings, *unread)
-    runtimes = {cell.runtime: _objection(cell, spec) for (kind, _), cell in CELLS.items() if kind == spec.kind}
+    runtimes = {
+        cell.runtime: "; ".join(objections(cell, spec)) for (kind, _), cell in CELLS.items() if kind == spec.kind
+    }
     return Inspection(path, "checkpoint", spec.kind, facts, tensors, runtimes, warnings, {})
-
-
-def _objection(cell: Cell, spec: DrafterSpec) -> str:
-    try:
-        check(cell, spec)
-    except DrafterError as error:
-        return " ".join(str(error).split("\n")[1:]).strip(" -")
-    return ""
 
 
 def inspect_gguf(path: Path) -> Inspection:

@@ -150,14 +150,13 @@ class Matcher:
         self.matches.setdefault(key, match)
 
     def check_complete(self) -> None:
-        for rule in self.rules:
-            if rule.optional:
-                continue
-            layers: Sequence[int | None] = range(self.spec.layer_count) if rule.role.per_layer else [None]
+        required = {rule.role: rule for rule in reversed(self.rules) if not rule.optional}  # its first spelling
+        for role, rule in reversed(required.items()):
+            layers: Sequence[int | None] = range(self.spec.layer_count) if role.per_layer else [None]
             for layer in layers:
-                if (rule.role, layer) not in self.matches:
+                if (role, layer) not in self.matches:
                     name = rule.source.replace("{i}", str(layer))
-                    self.problems.append(f"{name}: missing ({describe((rule.role, layer))})")
+                    self.problems.append(f"{name}: missing ({describe((role, layer))})")
 
 
 def match_tensors(

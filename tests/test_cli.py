@@ -329,4 +329,6 @@ def test_a_closed_pipe_is_no_error() -> None:
 def test_kinds_that_are_not_converted_are_refused_by_name(tmp_path: Path, convert: Run) -> None:
     shapes = dflash_shapes(small_config()) | {"markov_head.markov_w1.weight": (256, 8)}
     source = write_checkpoint(tmp_path / "drafter", small_config(), random_tensors(shapes))
-    assert "this is a DSpark drafter, which is not converted yet" in convert(source, tmp_path / "o", code=3).stderr
+    assert (
+        "the tensors are those of DSpark, which is not converted yet" in convert(source, tmp_path / "o", code=3).stderr
+    )

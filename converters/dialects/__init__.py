@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from convert_drafter.converters.dialects import ik_llama_cpp, llama_cpp, lucebox
-from convert_drafter.converters.dialects.cell import Cell, check, read, write
+from convert_drafter.converters.dialects.cell import Cell, doubts, objections, read, write
 from convert_drafter.converters.errors import WrongUsage
 
 CELLS: dict[tuple[str, str], Cell] = {
@@ -25,4 +25,4 @@ def cell_of_arch(arch: str) -> Cell | None:
     return next((cell for cell in CELLS.values() if cell.arch == arch), None)
 
 
-__all__ = ["CELLS", "RUNTIMES", "Cell", "cell_of_arch", "check", "find_cell", "read", "write"]
+__all__ = ["CELLS", "RUNTIMES", "Cell", "cell_of_arch", "doubts", "find_cell", "objections", "read", "write"]

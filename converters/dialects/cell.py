@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from gguf import GGUFValueType
 
-from convert_drafter.converters.errors import Problems, WrongInput
+from convert_drafter.converters.errors import WrongInput
 from convert_drafter.converters.gguf_file import KeyValue
 from convert_drafter.converters.roles import Role, TensorKey
 from convert_drafter.converters.spec import DrafterSpec, facts_of
@@ -116,8 +116,8 @@ OWN_ROWS = (
 )
 
 
-def check(cell: Cell, spec: DrafterSpec) -> list[str]:
-    """Warnings about `spec` in this runtime. Raises `Problems` naming every fact the runtime cannot carry."""
+def objections(cell: Cell, spec: DrafterSpec) -> list[str]:
+    """Every fact of `spec` that this runtime cannot carry or does not accept."""
     facts = facts_of(spec)
     fixed = {implied.field: implied.value(facts) for implied in cell.implied}
     carried = {row.field for row in (*cell.rows, *OWN_ROWS)} | set(cell.harmless)
@@ -126,10 +126,16 @@ def check(cell: Cell, spec: DrafterSpec) -> list[str]:
         for name, value in facts.items()
         if name not in carried and value != fixed.get(name)
     ]
-    broken = [limit for limit in cell.limits if not limit.holds(spec)]
-    fatal = [f"{limit.field}: {limit.message}" for limit in broken if not limit.soft]
-    if lost or fatal:
-        raise Problems(f"{cell.kind} for {cell.runtime}", [*lost, *fatal])
+    return lost + _broken(cell, spec, soft=False)
+
+
+def doubts(cell: Cell, spec: DrafterSpec) -> list[str]:
+    """What this runtime may not run as it was trained."""
+    return _broken(cell, spec, soft=True)
+
+
+def _broken(cell: Cell, spec: DrafterSpec, soft: bool) -> list[str]:
+    broken = [limit for limit in cell.limits if limit.soft is soft and not limit.holds(spec)]
     return [f"{limit.field}: {limit.message}" for limit in broken]
 
 

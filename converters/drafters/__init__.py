@@ -54,7 +54,7 @@ def detect(reader: ConfigReader, headers: Headers) -> Kind:
         )
     if found not in KINDS:
         raise WrongInput(
-            f"{reader.where}: this is a {found} drafter, which is not converted yet; supported: {supported}"
+            f"{reader.where}: the tensors are those of {found}, which is not converted yet; supported: {supported}"
         )
     kind = KINDS[found]
     strange = [name for name in architectures if name not in kind.architectures]

@@ -93,8 +93,6 @@ def check_assumptions(reader: ConfigReader) -> None:
         reader.expect(path, False, "a DFlash block starts with the anchor, which is not drafted")
     reader.expect("markov_rank", 0, "a Markov head makes it a DSpark drafter, which is not converted yet")
     reader.expect("dflash_config.markov_rank", 0, "a Markov head makes it a DSpark drafter, which is not converted yet")
-    # biases, sinks and embeddings are decided by the tensors; the flags only have to be known
-    reader.ignore("attention_bias", "attention_sink_bias", "dflash_config.attention_sink_bias", "has_embed_tokens")
 
 
 def refuse_mask_embedding(headers: Headers) -> None:
@@ -245,6 +243,8 @@ def read_embedding_scale(reader: ConfigReader, target: Target | None) -> float |
 def rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
     """Every tensor of the kind. Interleaved checkpoints get their rotary rows re-ordered to the hub's halves."""
     rotary = COPY if read_half_split(reader) else PERMUTE_ROPE
+    no_bias = not reader.find("biases", bool, "attention_bias")
+    no_sinks = not reader.find("sinks", bool, "attention_sink_bias", "dflash_config.attention_sink_bias")
     attention = "layers.{i}.self_attn."
     return (
         TensorRule("fc.weight", Role.FUSION, ("hidden", "features")),
@@ -257,15 +257,15 @@ def rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
         TensorRule(f"{attention}k_proj.weight", Role.ATTN_K, ("keys", "hidden"), rotary),
         TensorRule(f"{attention}v_proj.weight", Role.ATTN_V, ("keys", "hidden")),
         TensorRule(f"{attention}o_proj.weight", Role.ATTN_OUTPUT, ("hidden", "queries")),
-        TensorRule(f"{attention}q_proj.bias", Role.ATTN_Q_BIAS, ("queries",), rotary, optional=True),
-        TensorRule(f"{attention}k_proj.bias", Role.ATTN_K_BIAS, ("keys",), rotary, optional=True),
-        TensorRule(f"{attention}v_proj.bias", Role.ATTN_V_BIAS, ("keys",), optional=True),
-        TensorRule(f"{attention}o_proj.bias", Role.ATTN_OUTPUT_BIAS, ("hidden",), optional=True),
+        TensorRule(f"{attention}q_proj.bias", Role.ATTN_Q_BIAS, ("queries",), rotary, optional=no_bias),
+        TensorRule(f"{attention}k_proj.bias", Role.ATTN_K_BIAS, ("keys",), rotary, optional=no_bias),
+        TensorRule(f"{attention}v_proj.bias", Role.ATTN_V_BIAS, ("keys",), optional=no_bias),
+        TensorRule(f"{attention}o_proj.bias", Role.ATTN_OUTPUT_BIAS, ("hidden",), optional=no_bias),
         TensorRule(f"{attention}q_norm.weight", Role.ATTN_Q_NORM, ("head_dim",), rotary),
         TensorRule(f"{attention}k_norm.weight", Role.ATTN_K_NORM, ("head_dim",), rotary),
-        TensorRule(f"{attention}sinks", Role.ATTN_SINKS, ("heads",), optional=True),
-        TensorRule(f"{attention}attention_sink_bias", Role.ATTN_SINKS, ("heads",), optional=True),
-        TensorRule(f"{attention}learnable_sink_param", Role.ATTN_SINKS, ("heads",), optional=True),
+        TensorRule(f"{attention}sinks", Role.ATTN_SINKS, ("heads",), optional=no_sinks),
+        TensorRule(f"{attention}attention_sink_bias", Role.ATTN_SINKS, ("heads",), optional=no_sinks),
+        TensorRule(f"{attention}learnable_sink_param", Role.ATTN_SINKS, ("heads",), optional=no_sinks),
         TensorRule("layers.{i}.post_attention_layernorm.weight", Role.FFN_NORM, ("hidden",)),
         TensorRule("layers.{i}.mlp.gate_proj.weight", Role.FFN_GATE, ("feed_forward", "hidden")),
         TensorRule("layers.{i}.mlp.up_proj.weight", Role.FFN_UP, ("feed_forward", "hidden")),
