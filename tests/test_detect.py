@@ -144,9 +144,7 @@ def test_a_dflash_name_on_eagle3_tensors_helps_nothing(tmp_path: Path) -> None:
     tensors = {name: np.zeros(2, np.float32) for name in EAGLE3}
     folder = write_checkpoint(tmp_path / "Qwen3-DFlash", small_config(), tensors)
     (folder / "model.safetensors").rename(folder / "dflash_draft_model.safetensors")
-    with pytest.raises(
-        WrongInput, match=r"Qwen3-DFlash/config\.json: the tensors are those of EAGLE-3|an EAGLE-3 drafter"
-    ):
+    with pytest.raises(WrongInput, match=r"Qwen3-DFlash/config\.json: the tensors are those of EAGLE-3"):
         read_published(folder)
 
 
