@@ -417,10 +417,12 @@ def test_an_old_file_survives_a_failed_run(tmp_path: Path) -> None:
     assert out.read_bytes() == b"the file from last week"
 
 
+# The interrupt handler is set by hand: a process started in the background of a shell ignores SIGINT.
 SLOW_RUN = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from convert_drafter.converters import ConvertJob, convert
+signal.signal(signal.SIGINT, signal.default_int_handler)
 def advance(n):
     print("writing", flush=True)
     time.sleep(0.05)
