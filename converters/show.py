@@ -109,7 +109,7 @@ def report(report: Report) -> str:
         f"  {_total(conversion.plan)}",
         *(f"  left out {drop.source}: {drop.reason}" for drop in conversion.plan.dropped),
         *(f"  {line}" for line in _fallbacks(conversion.plan)),
-        *(f"  note: {note}" for note in conversion.cell.notes),
+        *(f"  note: {note.text}" for note in conversion.cell.notes if note.concerns(conversion.published.spec)),
         "run it:",
         f"  {report.launch}",
     ]

@@ -72,6 +72,14 @@ class Limit:
 
 
 @dataclass(frozen=True)
+class Note:
+    """What a user should know when running the file, where it concerns the drafter."""
+
+    text: str
+    concerns: Callable[[DrafterSpec], bool] = lambda spec: True
+
+
+@dataclass(frozen=True)
 class Implied:
     """A fact without a key that the runtime fixes; a drafter with another value cannot be carried."""
 
@@ -99,7 +107,7 @@ class Cell:
     harmless: Mapping[str, str] = field(default_factory=dict)
     limits: tuple[Limit, ...] = ()
     tokenizer: bool = True
-    notes: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
 
     def tensor_name(self, key: TensorKey) -> str | None:
         """The runtime's name of a tensor, or None where its loader has none."""
@@ -108,6 +116,22 @@ class Cell:
         return name if name is None or layer is None else name.replace("{i}", str(layer))
 
 
+# Keys that every runtime spells alike, after llama.cpp (`src/llama-arch.cpp`).
+SHARED_ROWS = (
+    Row("{a}.block_count", U32, "layer_count"),
+    Row("{a}.context_length", U32, "context_length"),
+    Row("{a}.embedding_length", U32, "hidden_size"),
+    Row("{a}.feed_forward_length", U32, "feed_forward_size"),
+    Row("{a}.attention.head_count", U32, "head_count"),
+    Row("{a}.attention.head_count_kv", U32, "kv_head_count"),
+    Row("{a}.attention.key_length", U32, "head_dim"),
+    Row("{a}.attention.value_length", U32, "head_dim"),
+    Row("{a}.attention.layer_norm_rms_epsilon", F32, "norm_epsilon"),
+    Row("{a}.attention.sliding_window", U32, "window.size"),
+    Row("{a}.attention.sliding_window_pattern", ARRAY, "window.layers", element=BOOL),
+    Row("{a}.rope.freq_base", F32, "rope.theta"),
+    Row("{a}.vocab_size", U32, "vocab_size"),
+)
 # Facts no runtime reads. Other keys are ignored by all of them, so the file can carry what a later check needs.
 OWN_ROWS = (
     Row("drafter.kind", STRING, "kind"),

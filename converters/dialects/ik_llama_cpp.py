@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from convert_drafter.converters.dialects.cell import ALL_CAPTURES, ARRAY, F32, I32, U32, Cell, Limit, Row
-from convert_drafter.converters.dialects.llama_cpp import COMMON_ROWS
+from convert_drafter.converters.dialects.cell import ALL_CAPTURES, ARRAY, F32, I32, U32, Cell, Limit, Note, Row
+from convert_drafter.converters.dialects.llama_cpp import FORK_ROWS
 from convert_drafter.converters.roles import Role
 
 MAX_CAPTURES = 8
-SLIDING_NOTE = (
-    "sliding layers look only backwards inside a block here, and both ways in llama.cpp; no key says which was trained"
+SLIDING_NOTE = Note(
+    "sliding layers look only backwards inside a block here, and both ways in llama.cpp; no key says which was trained",
+    lambda spec: spec.window is not None,
 )
 
 DFLASH = Cell(
@@ -16,7 +17,7 @@ DFLASH = Cell(
     runtime="ik_llama.cpp",
     arch="dflash-draft",
     rows=(
-        *COMMON_ROWS,
+        *FORK_ROWS,
         Row("{a}.dflash.block_size", U32, "block_size"),
         Row("{a}.dflash.mask_token_id", U32, "mask_token_id"),
         Row("{a}.dflash.target_layer_ids", ARRAY, "capture_layers", element=I32),

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from convert_drafter.converters.dialects.cell import ARRAY, BOOL, F32, I32, U32, Cell, Count, Implied, Limit, Row
+from convert_drafter.converters.dialects.cell import (
+    ARRAY,
+    I32,
+    SHARED_ROWS,
+    U32,
+    Cell,
+    Count,
+    Implied,
+    Limit,
+    Note,
+    Row,
+)
 from convert_drafter.converters.dialects.ik_llama_cpp import SLIDING_NOTE
 from convert_drafter.converters.roles import Role
 
@@ -20,19 +31,7 @@ DFLASH = Cell(
     runtime="lucebox",
     arch="qwen35-dflash-draft",
     rows=(
-        Row("{a}.context_length", U32, "context_length"),
-        Row("{a}.embedding_length", U32, "hidden_size"),
-        Row("{a}.block_count", U32, "layer_count"),
-        Row("{a}.feed_forward_length", U32, "feed_forward_size"),
-        Row("{a}.attention.head_count", U32, "head_count"),
-        Row("{a}.attention.head_count_kv", U32, "kv_head_count"),
-        Row("{a}.attention.key_length", U32, "head_dim"),
-        Row("{a}.attention.value_length", U32, "head_dim"),
-        Row("{a}.attention.layer_norm_rms_epsilon", F32, "norm_epsilon"),
-        Row("{a}.attention.sliding_window", U32, "window.size"),
-        Row("{a}.attention.sliding_window_pattern", ARRAY, "window.layers", element=BOOL),
-        Row("{a}.rope.freq_base", F32, "rope.theta"),
-        Row("{a}.vocab_size", U32, "vocab_size"),
+        *SHARED_ROWS,
         Row("{a}.dflash.block_size", U32, "block_size"),
         Row("{a}.dflash.mask_token_id", U32, "mask_token_id"),
         Row("{a}.dflash.target_layer_ids", ARRAY, "capture_layers", element=I32),
@@ -75,7 +74,7 @@ DFLASH = Cell(
     launch="dflash_server {target} --draft {drafter}",
     source="lucebox 62880e20 server/src/draft/draft_gguf_loader.cpp and PR 447",
     notes=(
-        "Lucebox before PR 447 ignores the file's mask token and capture layers and uses its target's constants",
+        Note("Lucebox before PR 447 ignores the file's mask token and capture layers and uses its target's constants"),
         SLIDING_NOTE,
     ),
 )
