@@ -22,7 +22,8 @@ from convert_drafter.converters.recipes import RECIPES, Recipe
 from convert_drafter.converters.spec import DrafterSpec
 from convert_drafter.converters.target import Target, read_target, target_tokenizer
 from convert_drafter.converters.tokenizer import Tokenizer
-from convert_drafter.quant import QuantType, quantize
+from convert_drafter.quant import TYPES, QuantType, dequantize, quantize
+from convert_drafter.quant.base import F32Array
 
 SLAB_WEIGHTS = 4 << 20  # 16 MiB of f32 at a time: bounded memory, few enough reads
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION in ggml.h
@@ -143,11 +144,9 @@ def encoded(tensor: PlannedTensor, head_dim: int) -> Iterator[Array]:
     header, kind = tensor.header, tensor.choice.type
     for start, stop in _slabs(header, head_dim if tensor.op.by_head else 1):
         rows = tensor.op.apply(read_rows(header, start, stop), head_dim)
-        check_range(rows, kind, header, start)
-        if header.dtype == kind.name:
-            yield rows  # the same numbers: copied, not converted
-        else:
-            yield quantize(rows.astype(np.float32), kind)
+        weights = dequantize(rows.view(np.uint8), TYPES[header.dtype], rows.shape)
+        check_range(weights, kind, header, start)
+        yield rows if header.dtype == kind.name else quantize(weights, kind)  # the same numbers are copied as they are
 
 
 def _slabs(header: TensorHeader, multiple: int) -> Iterator[tuple[int, int]]:
@@ -159,17 +158,16 @@ def _slabs(header: TensorHeader, multiple: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, rows)
 
 
-def check_range(rows: Array, kind: QuantType, header: TensorHeader, first: int) -> None:
-    """Raise `WrongInput` naming tensor and row where a weight is NaN, infinite or too large for `kind`."""
-    with np.errstate(invalid="ignore"):
-        largest = np.abs(rows).max(initial=0).astype(np.float32)
-    if largest <= kind.largest:  # False for NaN
+def check_range(weights: F32Array, kind: QuantType, header: TensorHeader, first: int) -> None:
+    """Raise `WrongInput` naming tensor and row where a weight is NaN, infinite or too large for `kind`.
+
+    `weights` are whole rows of the tensor from row `first` on.
+    """
+    if max(weights.max(initial=0), -weights.min(initial=0)) <= kind.largest:  # False for NaN
         return
-    good = np.abs(rows.astype(np.float32)) <= kind.largest
-    where = np.argwhere(~good)[0]
-    value = float(rows[tuple(where)])
-    row = first + int(where[0])
-    advice = "the checkpoint is damaged" if not np.isfinite(value) else "choose --quant BF16 or F32"
+    where = np.argwhere(~(np.abs(weights) <= kind.largest))[0]
+    value, row = float(weights[tuple(where)]), first + int(where[0])
+    advice = "choose --quant BF16 or F32" if np.isfinite(value) else "the checkpoint is damaged"
     raise WrongInput(
         f"{header.file}: {header.name}: row {row}: found {value:g}, expected a finite number up to {kind.largest:g}"
         f" ({kind.name}); {advice}"
