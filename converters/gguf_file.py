@@ -15,13 +15,18 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWriter
 
 from convert_drafter.converters.errors import Problems, WrongInput
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 Scalar = bool | int | float | str
 Bytes = npt.NDArray[np.uint8]
@@ -87,28 +92,51 @@ def write_gguf(
     if problems := _key_problems(keys) + _tensor_problems(tensors):
         raise Problems(str(path), problems)
     alignment = alignment_of(path, {entry.key: entry for entry in keys})
-    partial = path.with_name(path.name + ".partial")
+    with file_access(path, "written"):
+        if path.is_dir():
+            raise IsADirectoryError(None, "it is a folder; give a file name")
+        partial = path.with_name(path.name + ".partial")
+        file = _claim(partial)
     try:
-        with file_access(path, "written"):
-            if path.is_dir():
-                raise IsADirectoryError(None, "it is a folder; give a file name")
-            _write_head(partial, keys, tensors, alignment)
-            file = partial.open("ab", buffering=0)
         with file:
+            with file_access(path, "written"):
+                _write_head(partial, keys, tensors, alignment)
+                file.seek(0, os.SEEK_END)
             for tensor in tensors:
                 _write_tensor(path, file, tensor, data(tensor), advance)
                 _put(path, file, memoryview(bytes(-tensor.n_bytes % alignment)))
             with file_access(path, "written"):
                 os.fsync(file.fileno())
                 size = file.tell()
-        with file_access(path, "written"):
-            partial.replace(path)
+                partial.replace(path)
     except BaseException:
         with suppress(OSError):
             partial.unlink()
         raise
     _sync_folder(path.parent)
     return size
+
+
+def _claim(partial: Path) -> FileIO:
+    """A new, empty partial file that no other run may write; what a killed run left behind is removed."""
+    with suppress(FileNotFoundError), partial.open("rb") as stale:
+        _lock(stale, partial)
+    partial.unlink(missing_ok=True)
+    file = partial.open("xb", buffering=0)
+    _lock(file, partial)
+    return file
+
+
+def _lock(file: IO[bytes], partial: Path) -> None:
+    """Held until the file is closed, also by a kill. Without locks (Windows, some network disks) nothing is checked."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise WrongInput(f"{partial}: another run is writing it; wait for that run or choose another output") from error
+    except OSError:
+        return
 
 
 def _write_head(partial: Path, keys: Sequence[KeyValue], tensors: Sequence[StoredTensor], alignment: int) -> None:

@@ -444,6 +444,28 @@ def test_a_killed_run_leaves_no_file(source: Path, tmp_path: Path, how: signal.S
     assert [path.name for path in tmp_path.glob("out*")] == ["out.gguf"]
 
 
+def test_two_runs_do_not_write_one_file(source: Path, tmp_path: Path) -> None:
+    """The second is told about the first, and the first is not disturbed."""
+    out = tmp_path / "out.gguf"
+    process = subprocess.Popen([sys.executable, "-c", SLOW_RUN, source, out], stdout=-1, stderr=-1)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"writing\n"
+    with pytest.raises(WrongInput, match="another run is writing it"):
+        convert(job(source, out))
+    process.communicate(timeout=30)
+    assert process.returncode == 0
+    convert(job(source, tmp_path / "alone.gguf"))
+    assert out.read_bytes() == (tmp_path / "alone.gguf").read_bytes()
+
+
+def test_a_partial_file_that_is_a_link_is_not_followed(source: Path, tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    (tmp_path / "out.gguf.partial").symlink_to(precious)
+    convert(job(source, tmp_path / "out.gguf"))
+    assert precious.read_text() == "mine"
+
+
 def test_a_full_disk_leaves_no_file(source: Path, tmp_path: Path) -> None:
     """A file-size limit plays the full disk; SIGXFSZ is ignored, so the write fails as it would there."""
     code = "import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
