@@ -86,10 +86,14 @@ RUNTIME ?= llama.cpp
 RECIPES := F32 F16 BF16 Q8_0
 -include jobs.mk
 
+# another runtime makes the files anew
+out/.for-$(RUNTIME):
+	@mkdir -p out && rm -f out/.for-* && touch $@
+
+.SECONDEXPANSION:
 define recipe
-out/%-$(1).gguf: $$(VENV)/.installed
+out/%-$(1).gguf: $$(VENV)/.installed out/.for-$$(RUNTIME) $$$$(wildcard $$$$(SRC_$$$$*)/config.json)
 	$$(if $$(SRC_$$*),,$$(error set SRC_$$* to the checkpoint of $$*, on the command line or in jobs.mk))
-	@mkdir -p out
 	$$(DRAFTER) convert "$$(SRC_$$*)" $$(if $$(TARGET_$$*),--target "$$(TARGET_$$*)") --for $$(RUNTIME) --quant $(1) -o $$@
 endef
 $(foreach name,$(RECIPES),$(eval $(call recipe,$(name))))

@@ -77,6 +77,7 @@ class Checkpoint:
     tensors: Headers
     files: tuple[Path, ...]
     header_sha256: dict[str, str]  # file name -> digest of its JSON header, without the 8 length bytes
+    unused: tuple[Path, ...] = ()  # weight files beside the index that it does not name
 
 
 def open_checkpoint(source: Path) -> Checkpoint:
@@ -98,7 +99,8 @@ def open_checkpoint(source: Path) -> Checkpoint:
     if not tensors:
         raise WrongInput(f"{folder}: found no tensor in {_names(files)}, expected a drafter's weights; {MEND}")
     digests = {name: digest for name, (_, digest) in read.items()}
-    return Checkpoint(config_path.parent, config_path, config, dict(sorted(tensors.items())), files, digests)
+    unused = tuple(path for path in _files(folder, WEIGHTS) if weight_map is not None and path not in files)
+    return Checkpoint(config_path.parent, config_path, config, dict(sorted(tensors.items())), files, digests, unused)
 
 
 def read_rows(tensor: TensorHeader, start: int, stop: int) -> Array:

@@ -131,8 +131,6 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         fail("interrupted; nothing was left behind", INTERRUPTED)
-    except BrokenPipeError:
-        sys.exit(0)  # the reader of our output, such as `head`, has seen enough
     except OSError as error:
         fail(f"{error.filename or 'input'}: {error.strerror or error}", DrafterError.exit_code)
     sys.exit(code if isinstance(code, int) else 0)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from convert_drafter.converters.config import ConfigReader
 from convert_drafter.converters.dialects import Cell, doubts, find_cell, objections, write
 from convert_drafter.converters.drafters import Kind, detect
 from convert_drafter.converters.errors import BadFact, Problems, WrongInput, WrongUsage
-from convert_drafter.converters.gguf_file import KeyValue, StoredTensor, write_gguf
+from convert_drafter.converters.gguf_file import KeyValue, StoredTensor, partial_name, write_gguf
 from convert_drafter.converters.ops import Array
 from convert_drafter.converters.plan import Plan, PlannedTensor, match_tensors, plan_tensors
 from convert_drafter.converters.recipes import RECIPES, Recipe
@@ -26,6 +27,7 @@ from convert_drafter.quant import TYPES, QuantType, dequantize, quantize
 from convert_drafter.quant.base import F32Array
 
 SLAB_WEIGHTS = 4 << 20  # 16 MiB of f32 at a time: bounded memory, few enough reads
+OURS = (".gguf", ".partial")
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION in ggml.h
 
 
@@ -103,17 +105,19 @@ def prepare(job: ConvertJob) -> Conversion:
     published = read_published(job.source, job.target, job.settings)
     kind, reader, spec, checkpoint = published.kind, published.reader, published.spec, published.checkpoint
     cell = find_cell(kind.name, job.runtime)
-    refuse_overwriting(job.out, (*checkpoint.files, checkpoint.config_path, job.target))
+    refuse_overwriting(job.out, sources_of(job, checkpoint))
     matcher = match_tensors(spec, kind.rules(reader), kind.dropped(reader), checkpoint.tensors, job.ignore)
-    plan = plan_tensors(matcher, recipe, cell.tensor_name, cell.runtime)
-    problems = [*matcher.problems, *objections(cell, spec), *_mispairing(spec, published.target)]
+    plan = plan_tensors(matcher, recipe, cell.tensor_name, cell.runtime, cell.needs)
+    target, architecture = published.target, published.target.architecture if published.target else None
+    problems = [*matcher.problems, *objections(cell, spec, architecture), *_mispairing(spec, target)]
     if problems:
         raise Problems(str(job.source), problems)
     tokenizer = _tokenizer(cell, job, spec)
     warnings = (
         *reader.warnings,
         *(f"{reader.where}: {path}: nobody reads this key" for path in reader.unread()),
-        *doubts(cell, spec),
+        *(f"{path}: the index does not name it, so it is not read" for path in checkpoint.unused),
+        *doubts(cell, spec, architecture),
         *_mask_doubt(spec, tokenizer),
     )
     if warnings and job.strict:
@@ -180,12 +184,23 @@ def find_recipe(name: str) -> Recipe:
     return RECIPES[name]
 
 
-def refuse_overwriting(out: Path, sources: tuple[Path | None, ...]) -> None:
+def sources_of(job: ConvertJob, checkpoint: Checkpoint) -> tuple[Path, ...]:
+    """Every file the job reads or may read: weights, config, index, tokenizer, target. Old GGUFs may be replaced."""
+    folders = {checkpoint.root, *(file.parent for file in checkpoint.files)}
+    target = () if job.target is None or job.target.is_dir() else (job.target,)
+    if job.target is not None and job.target.is_dir():
+        folders.add(job.target)
+    beside = (path for folder in folders for path in folder.iterdir() if path.suffix not in OURS and path.is_file())
+    return (*checkpoint.files, *target, *beside)
+
+
+def refuse_overwriting(out: Path, sources: Iterable[Path]) -> None:
     """A destination that is one of the sources, under whatever name or link, is refused (T-24)."""
     if out.is_dir():
         raise WrongUsage(f"{out}: is a folder, expected a file name ending in .gguf")
-    for source in sources:
-        if source is not None and out.exists() and source.exists() and out.samefile(source):
+    taken = [path for path in (out, partial_name(out)) if path.exists()]
+    for source in sources if taken else ():
+        if any(path.samefile(source) for path in taken):
             raise WrongUsage(f"{out}: is the same file as the source {source}; choose another output")
 
 
@@ -193,8 +208,8 @@ def launch_command(conversion: Conversion) -> str:
     """The exact line that runs the result beside its target."""
     target = conversion.job.target
     return conversion.cell.launch.format(
-        target=target if target is not None and target.is_file() else "TARGET.gguf",
-        drafter=conversion.job.out,
+        target=shlex.quote(str(target)) if target is not None and target.is_file() else "TARGET.gguf",
+        drafter=shlex.quote(str(conversion.job.out)),
         drafted=conversion.published.spec.block_size - 1,
     )
 
@@ -236,7 +251,7 @@ def _keys(
 ) -> tuple[KeyValue, ...]:
     """All metadata of the file, in its order: general, the drafter's facts, our own, the tokenizer's."""
     string, u32 = GGUFValueType.STRING, GGUFValueType.UINT32
-    checkpoint = published.checkpoint
+    checkpoint, target = published.checkpoint, published.target
     repository, _ = provenance.source_of(checkpoint.root)
     name = repository.split("/")[-1] if repository else checkpoint.root.resolve().name
     return (
@@ -246,7 +261,8 @@ def _keys(
         KeyValue("general.file_type", u32, recipe.file_type),
         KeyValue("general.quantization_version", u32, QUANTIZATION_VERSION),
         *write(cell, published.spec),
-        *provenance.own_keys(checkpoint, dict(job.settings), published.target, tokenizer),
+        *provenance.source_keys(checkpoint, job.settings, job.ignore),
+        *(provenance.target_keys(job.target, target, tokenizer) if job.target and target else ()),
         *(tokenizer.keys if tokenizer is not None and cell.tokenizer else ()),
     )
 

@@ -80,6 +80,11 @@ class StoredTensor:
         return math.prod(self.shape[:-1]) * self.row_bytes
 
 
+def partial_name(path: Path) -> Path:
+    """Where a GGUF grows until it is complete."""
+    return path.with_name(path.name + ".partial")
+
+
 def write_gguf(
     path: Path, keys: Sequence[KeyValue], tensors: Sequence[StoredTensor], data: Callable[[StoredTensor], Chunks],
     advance: Advance = lambda n_bytes: None,
@@ -95,7 +100,7 @@ def write_gguf(
     with file_access(path, "written"):
         if path.is_dir():
             raise IsADirectoryError(None, "it is a folder; give a file name")
-        partial = path.with_name(path.name + ".partial")
+        partial = partial_name(path)
         file = _claim(partial)
     try:
         with file:

@@ -7,12 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from convert_drafter.converters.convert import read_published
+from convert_drafter.converters.config import ConfigReader
+from convert_drafter.converters.convert import Published, read_published
 from convert_drafter.converters.dialects import CELLS, Cell, cell_of_arch, objections, read
 from convert_drafter.converters.dialects.cell import OWN_ROWS
+from convert_drafter.converters.drafters import KINDS
 from convert_drafter.converters.errors import WrongInput
+from convert_drafter.converters.gguf_file import file_access
 from convert_drafter.converters.gguf_read import GGUFFile, read_gguf
-from convert_drafter.converters.spec import facts_of
+from convert_drafter.converters.plan import match_tensors, plan_tensors
+from convert_drafter.converters.recipes import RECIPES
+from convert_drafter.converters.spec import REQUIRED, facts_of
 
 
 @dataclass(frozen=True)
@@ -66,25 +71,29 @@ def inspect(path: Path, settings: Mapping[str, str] | None = None) -> Inspection
 
 
 def _is_gguf(path: Path) -> bool:
-    with path.open("rb") as file:
+    with file_access(path, "read"), path.open("rb") as file:
         return path.suffix == ".gguf" or file.read(4) == b"GGUF"
 
 
 def inspect_checkpoint(path: Path, settings: Mapping[str, str] | None = None) -> Inspection:
     published = read_published(path, settings=settings)
     reader, spec = published.reader, published.spec
-    published.kind.rules(reader)
-    published.kind.dropped(reader)
+    cells = [cell for (kind, _), cell in CELLS.items() if kind == spec.kind]
+    runtimes = {cell.runtime: "; ".join(_refusals(published, cell)) for cell in cells}
     facts = tuple(
         Fact(name, value, reader.origins.get(name, "")) for name, value in facts_of(spec).items() if name != "kind"
     )
     tensors = tuple(TensorLine(h.name, h.shape, h.dtype, h.n_bytes) for h in published.checkpoint.tensors.values())
     unread = (f"{key}: nobody reads this key" for key in reader.unread())
-    warnings = (*reader.warnings, *unread)
-    runtimes = {
-        cell.runtime: "; ".join(objections(cell, spec)) for (kind, _), cell in CELLS.items() if kind == spec.kind
-    }
-    return Inspection(path, "checkpoint", spec.kind, facts, tensors, runtimes, warnings, {})
+    return Inspection(path, "checkpoint", spec.kind, facts, tensors, runtimes, (*reader.warnings, *unread), {})
+
+
+def _refusals(published: Published, cell: Cell) -> list[str]:
+    """Why this runtime could not run the checkpoint: tensors and facts, as a conversion would say it."""
+    kind, reader, spec = published.kind, published.reader, published.spec
+    matcher = match_tensors(spec, kind.rules(reader), kind.dropped(reader), published.checkpoint.tensors)
+    plan_tensors(matcher, RECIPES["F32"], cell.tensor_name, cell.runtime, cell.needs)
+    return [*matcher.problems, *objections(cell, spec)]
 
 
 def inspect_gguf(path: Path) -> Inspection:
@@ -96,9 +105,25 @@ def inspect_gguf(path: Path) -> Inspection:
     facts = () if cell is None else tuple(_facts(cell, file, path))
     kind = "unknown" if cell is None else cell.kind
     tensors = tuple(TensorLine(t.name, t.shape, t.type.name, t.n_bytes) for t in file.tensors.values())
-    runtimes = {} if cell is None else {cell.runtime: ""}
+    runtimes = {} if cell is None else {cell.runtime: "; ".join(_faults(cell, file))}
     keys = {key: _short(kv.value) for key, kv in file.keys.items()}
     return Inspection(path, f"GGUF ({entry.value})", kind, facts, tensors, runtimes, (), keys)
+
+
+def _faults(cell: Cell, file: GGUFFile) -> list[str]:
+    """Keys and tensors that this runtime's loader misses or does not know."""
+    facts = read(cell, file.keys)
+    keys = {row.field: row.key.format(a=cell.arch) for row in reversed(cell.rows)}
+    missing = [f"{keys[name]}: missing" for name in sorted(REQUIRED & set(keys) - set(facts))]
+    if "layer_count" not in facts:
+        return missing
+    rules = KINDS[cell.kind].rules(ConfigReader({}, ""))
+    known = {}
+    for rule in rules:
+        for layer in range(int(facts["layer_count"])) if rule.role.per_layer else [None]:
+            known[cell.tensor_name((rule.role, layer))] = rule.optional
+    absent = [f"{name}: missing" for name, optional in known.items() if not optional and name not in file.tensors]
+    return [*missing, *absent, *(f"{name}: unknown tensor" for name in file.tensors if name not in known)]
 
 
 def _facts(cell: Cell, file: GGUFFile, path: Path) -> list[Fact]:

@@ -6,6 +6,7 @@ everything is known to fit.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,13 +35,17 @@ DIMENSIONS: dict[str, Callable[[DrafterSpec], int]] = {
 
 @dataclass(frozen=True)
 class TensorRule:
-    """A checkpoint tensor's place in the hub; `{i}` in `source` is the layer and the name is matched whole."""
+    """A checkpoint tensor's place in the hub; `{i}` in `source` is the layer and the name is matched whole.
+
+    An optional tensor may be `required_with` another role: where that one is there, this one has to be.
+    """
 
     source: str
     role: Role
     shape: tuple[str, ...]
     op: Op = COPY
     optional: bool = False
+    required_with: Role | None = None
 
     def expected_shape(self, spec: DrafterSpec) -> tuple[int, ...]:
         return tuple(DIMENSIONS[name](spec) for name in self.shape)
@@ -90,14 +95,7 @@ class Plan:
 
     @property
     def n_weights(self) -> int:
-        return sum(_product(t.shape) for t in self.tensors)
-
-
-def _product(shape: Sequence[int]) -> int:
-    out = 1
-    for size in shape:
-        out *= size
-    return out
+        return sum(math.prod(t.shape) for t in self.tensors)
 
 
 def _pattern(source: str) -> re.Pattern[str]:
@@ -150,7 +148,9 @@ class Matcher:
         self.matches.setdefault(key, match)
 
     def check_complete(self) -> None:
-        required = {rule.role: rule for rule in reversed(self.rules) if not rule.optional}  # its first spelling
+        present = {role for role, _ in self.matches}
+        needed = [rule for rule in self.rules if not rule.optional or rule.required_with in present]
+        required = {rule.role: rule for rule in reversed(needed)}  # by its first spelling
         for role, rule in reversed(required.items()):
             layers: Sequence[int | None] = range(self.spec.layer_count) if role.per_layer else [None]
             for layer in layers:
@@ -168,6 +168,9 @@ def match_tensors(
 ) -> Matcher:
     """Place every tensor of `headers`; `ignore` are the user's glob patterns of tensors to leave out."""
     matcher = Matcher(spec, rules, dropped)
+    for glob in ignore:
+        if not any(fnmatchcase(name, glob) for name in headers):
+            matcher.problems.append(f"--ignore-tensor '{glob}': matches no tensor of the checkpoint")
     for name, header in headers.items():
         pattern = next((p for p in ignore if fnmatchcase(name, p)), None)
         if pattern is not None:
@@ -178,11 +181,22 @@ def match_tensors(
     return matcher
 
 
-def plan_tensors(matcher: Matcher, recipe: Recipe, names: Callable[[TensorKey], str | None], runtime: str) -> Plan:
+def plan_tensors(
+    matcher: Matcher,
+    recipe: Recipe,
+    names: Callable[[TensorKey], str | None],
+    runtime: str,
+    needs: Mapping[Role, Role] | None = None,
+) -> Plan:
     """Name and type every matched tensor, in the order of the rules, layer by layer.
 
-    `names` gives the runtime's name of a role, None where it has none: that is a problem, never a silent loss.
+    `names` gives the runtime's name of a role, None where it has none: that is a problem, never a silent loss. `needs`
+    are the roles the runtime takes only together with another one.
     """
+    present = {role for role, _ in matcher.matches}
+    for role, other in (needs or {}).items():
+        if role in present and other not in present:
+            matcher.problems.append(f"{role.name}: {runtime} takes it only with {other.name}, which is missing")
     order = {rule.role: n for n, rule in enumerate(matcher.rules)}
     keys = sorted(matcher.matches, key=lambda key: (-1 if key[1] is None else key[1], order[key[0]]))
     planned = []

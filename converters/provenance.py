@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -28,32 +28,35 @@ def tool_version() -> str:
         return "unknown"
 
 
-def own_keys(
-    checkpoint: Checkpoint, settings: dict[str, str], target: Target | None, tokenizer: Tokenizer | None
-) -> tuple[KeyValue, ...]:
-    """The `drafter.*` keys beside the spec's: tool, source, overrides, target."""
-    return tuple(_entries(checkpoint, settings, target, tokenizer))
-
-
-def _entries(
-    checkpoint: Checkpoint, settings: dict[str, str], target: Target | None, tokenizer: Tokenizer | None
-) -> Iterator[KeyValue]:
+def source_keys(checkpoint: Checkpoint, settings: Mapping[str, str], ignored: Iterable[str]) -> Iterator[KeyValue]:
+    """Tool, checkpoint, and what the user changed about it."""
     yield _string("drafter.tool.version", tool_version())
-    repository, revision = source_of(checkpoint.root)
-    if repository is not None:
-        yield _string("drafter.source.repository", repository)
-    if revision is not None:
-        yield _string("drafter.source.revision", revision)
+    yield from _origin("drafter.source", checkpoint.root)
     yield _string("drafter.source.config_sha256", hashlib.sha256(checkpoint.config_path.read_bytes()).hexdigest())
     yield _strings("drafter.source.files", tuple(sorted(checkpoint.header_sha256)))
     yield _strings("drafter.source.header_sha256", tuple(h for _, h in sorted(checkpoint.header_sha256.items())))
     if settings:
         yield _strings("drafter.source.settings", tuple(f"{key}={text}" for key, text in sorted(settings.items())))
+    if left_out := tuple(sorted(ignored)):
+        yield _strings("drafter.source.ignored", left_out)
+
+
+def target_keys(path: Path, target: Target, tokenizer: Tokenizer | None) -> Iterator[KeyValue]:
+    """Which target the file belongs to; the ordered vocabulary's hash tells a mismatched pair for certain."""
+    repository, _ = source_of(path)
+    yield _string("drafter.target.name", repository.split("/")[-1] if repository else target.name)
+    yield _string("drafter.target.architecture", target.architecture)
+    yield from _origin("drafter.target", path)
     if tokenizer is not None:
         yield _string("drafter.vocab.sha256", tokenizer.vocab_sha256)
-    if target is not None:
-        yield _string("drafter.target.name", target.name)
-        yield _string("drafter.target.architecture", target.architecture)
+
+
+def _origin(prefix: str, folder: Path) -> Iterator[KeyValue]:
+    repository, revision = source_of(folder)
+    if repository is not None:
+        yield _string(f"{prefix}.repository", repository)
+    if revision is not None:
+        yield _string(f"{prefix}.revision", revision)
 
 
 def source_of(folder: Path) -> tuple[str | None, str | None]:

@@ -30,14 +30,11 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Choice:
-    """A tensor's type; `reason` says why it is not the recipe's own, or is empty."""
+    """A tensor's type; `reason` says why it is not the recipe's own; `fell_back`: its rows do not fit that one."""
 
     type: QuantType
     reason: str = ""
-
-    @property
-    def fell_back(self) -> bool:
-        return self.reason.startswith("row")
+    fell_back: bool = False
 
 
 RECIPES: dict[str, Recipe] = {
@@ -68,7 +65,8 @@ def choose_type(recipe: Recipe, role: Role, shape: Sequence[int]) -> Choice:
         return Choice(TYPES["F32"], "1-D: always F32")
     for name in (recipe.weights, *recipe.fallback):
         if shape[-1] % TYPES[name].block == 0:
-            block = TYPES[recipe.weights].block
-            reason = "" if name == recipe.weights else f"row {shape[-1]} is no multiple of {block}: {name} instead"
-            return Choice(TYPES[name], reason)
+            if name == recipe.weights:
+                return Choice(TYPES[name])
+            reason = f"row {shape[-1]} is no multiple of {TYPES[recipe.weights].block}: {name} instead"
+            return Choice(TYPES[name], reason, fell_back=True)
     raise AssertionError(f"{recipe.name} has no fallback for rows of {shape[-1]}")  # F16 divides every row

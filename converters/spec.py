@@ -16,8 +16,8 @@ MROPE_SECTIONS = 4
 class RopeScaling:
     """How rotary frequencies are stretched beyond the trained context.
 
-    `method` is "linear" or "yarn"; `factor` is a ratio of context lengths; an optional number that is None is one the
-    checkpoint leaves to the YaRN paper's value (arXiv 2309.00071), which every runtime shares.
+    `method` is "linear" or "yarn"; `factor` is a ratio of context lengths; an optional number is None where it is the
+    YaRN paper's (arXiv 2309.00071: PAPER below), said or unsaid.
     """
 
     method: str
@@ -33,6 +33,15 @@ class RopeScaling:
             value = getattr(self, field.name)
             if field.name != "method" and value is not None and not (math.isfinite(value) and value > 0):
                 raise BadFact(f"rope.scaling.{field.name}", value, "a finite number above 0")
+
+
+# What YaRN's parameters are when nobody says otherwise.
+PAPER = {"extrapolation_factor": 1.0, "beta_fast": 32.0, "beta_slow": 1.0}
+
+
+def yarn_attention(factor: float) -> float:
+    """The paper's attention factor for a scaling factor; ggml's rope kernel multiplies it in by itself."""
+    return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 @dataclass(frozen=True)
@@ -103,8 +112,9 @@ class DrafterSpec:
 
     def __post_init__(self) -> None:
         for field in _POSITIVE:
-            if getattr(self, field) <= 0:
-                raise BadFact(field, getattr(self, field), "a number above 0")
+            value = getattr(self, field)
+            if value is not None and value <= 0:
+                raise BadFact(field, value, "a number above 0")
         for field, ok, expected in self._contradictions():
             if not ok:
                 raise BadFact(field, getattr(self, field.split(".")[0]), expected)
@@ -129,12 +139,21 @@ class DrafterSpec:
 _POSITIVE = (
     "layer_count", "hidden_size", "feed_forward_size", "head_count", "kv_head_count", "head_dim", "context_length",
     "vocab_size", "norm_epsilon", "target_layer_count", "target_hidden_size",
+    # a zero in these keys means "none" to llama.cpp, and would mean something else here
+    "attention_value_scale", "embedding_scale", "logit_scale", "logit_softcap",
 )  # fmt: skip
 
 
 # --- the spec as a flat table of facts: what dialects, inspect and doctor work on ---
 
 _NESTED: dict[str, type] = {"rope": Rope, "rope.scaling": RopeScaling, "window": SlidingWindow}
+
+
+# Field paths that every drafter has.
+REQUIRED = {field.name for field in fields(DrafterSpec) if field.default is MISSING and field.name != "rope"} | {
+    "rope.theta",
+    "rope.dimensions",
+}
 
 
 def facts_of(spec: DrafterSpec) -> dict[str, object]:

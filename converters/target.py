@@ -80,7 +80,7 @@ def _from_config(folder: Path) -> Target:
     hidden = _fact(reader, int, *HIDDEN)
     architecture = _architecture(reader)
     return Target(
-        name=reader.find("name", str, "_name_or_path") or folder.resolve().name,
+        name=Path(reader.find("name", str, "_name_or_path") or folder.resolve()).name,
         architecture=architecture,
         layer_count=_fact(reader, int, *LAYERS),
         hidden_size=hidden,

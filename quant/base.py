@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,12 +36,9 @@ class QuantType:
 
     def n_bytes(self, shape: Sequence[int]) -> int:
         """Bytes of a tensor of this shape (torch order; the last axis is the row)."""
-        count = 1
-        for size in shape:
-            count *= size
         if shape and shape[-1] % self.block:
             raise ValueError(f"{self.name}: a row of {shape[-1]} is no multiple of the block of {self.block}")
-        return count // self.block * self.layout.itemsize
+        return math.prod(shape) // self.block * self.layout.itemsize
 
 
 # Weights encoded at a time: 256 KiB of f32 stay in the cache of every core we know.

@@ -320,10 +320,12 @@ def test_the_installed_command_shows_no_traceback(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_closed_pipe_is_no_error() -> None:
-    command = " ".join([*COMMAND, "list", "types"])
-    done = subprocess.run(f"{command} | head -c 1", shell=True, capture_output=True, text=True)
-    assert done.stderr == ""
+def test_a_closed_pipe_shows_no_traceback() -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with os.fdopen(write_end, "wb") as pipe:
+        done = subprocess.run([*COMMAND, "list", "types"], stdout=pipe, stderr=subprocess.PIPE, text=True)
+    assert "Traceback" not in done.stderr
 
 
 def test_kinds_that_are_not_converted_are_refused_by_name(tmp_path: Path, convert: Run) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -34,6 +35,7 @@ from convert_drafter.converters.gguf_read import GGUFFile, read_gguf
 from convert_drafter.converters.provenance import source_of
 from convert_drafter.converters.recipes import RECIPES
 from convert_drafter.converters.spec import spec_from
+from convert_drafter.converters.tokenizer import vocabulary_hash
 from convert_drafter.quant import TYPES, dequantize, quantize
 
 VOCAB = 2048  # the tokenizer of the fixture's target
@@ -195,13 +197,20 @@ def test_own_keys_record_source_target_and_vocabulary(source: Path, target: Path
     """T-61: a mismatched pair is found by hash, not by acceptance."""
     options = {"runtime": "llama.cpp", "settings": {"block_size": "4"}}
     convert(job(source, tmp_path / "out.gguf", target, **options))
-    keys = {k: v.value for k, v in read_gguf(tmp_path / "out.gguf").keys.items() if k.startswith("drafter.")}
+    file = read_gguf(tmp_path / "out.gguf")
+    keys = {k: v.value for k, v in file.keys.items() if k.startswith("drafter.")}
     assert keys["drafter.target.name"] == "target"
     assert keys["drafter.target.architecture"] == "Qwen3ForCausalLM"
     assert keys["drafter.target.block_count"] == 6
     assert keys["drafter.source.files"] == ("model.safetensors",)
     assert keys["drafter.source.settings"] == ("block_size=4",)
-    assert {len(str(keys[f"drafter.{k}"])) for k in ("vocab.sha256", "source.config_sha256")} == {64}
+    config, weights = (source / "config.json").read_bytes(), (source / "model.safetensors").read_bytes()
+    header = weights[8 : 8 + int.from_bytes(weights[:8], "little")]
+    assert keys["drafter.source.config_sha256"] == hashlib.sha256(config).hexdigest()
+    assert keys["drafter.source.header_sha256"] == (hashlib.sha256(header).hexdigest(),)
+    tokens = file.keys["tokenizer.ggml.tokens"].value
+    assert isinstance(tokens, tuple) and len(tokens) == VOCAB
+    assert keys["drafter.vocab.sha256"] == vocabulary_hash(map(str, tokens))
 
 
 def test_hub_folders_tell_repository_and_revision(tmp_path: Path) -> None:
@@ -279,6 +288,73 @@ def test_tensors_may_be_left_out_on_purpose(tmp_path: Path) -> None:
     assert [(d.source, d.reason) for d in conversion.plan.dropped] == [
         ("embed_tokens.weight", "--ignore-tensor 'embed_*'")
     ]
+
+
+def test_a_pattern_that_matches_nothing_is_a_mistake(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(Problems, match=r"--ignore-tensor 'embd\*': matches no tensor"):
+        prepare(job(source, tmp_path / "out.gguf", ignore=("embd*",)))
+
+
+def test_left_out_tensors_are_on_record(tmp_path: Path) -> None:
+    convert(job(spoiled(tmp_path, "own embedding"), tmp_path / "out.gguf", ignore=("embed_*",)))
+    assert read_gguf(tmp_path / "out.gguf").keys["drafter.source.ignored"].value == ("embed_*",)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_embedding_without_a_head_has_to_be_tied(tmp_path: Path, target: Path, tied: bool) -> None:
+    """G-23: runtimes take a lone embedding for the head too."""
+    config = small_config(vocab_size=VOCAB, tie_word_embeddings=tied)
+    tensors = random_tensors(dflash_shapes(config) | {"embed_tokens.weight": (VOCAB, 64)})
+    source = write_checkpoint(tmp_path / "drafter", config, tensors)
+    if tied:
+        assert prepare(job(source, tmp_path / "o.gguf", target, runtime="llama.cpp")).plan.tensors
+        return
+    with pytest.raises(Problems, match=r"lm_head\.weight: missing \(OUTPUT\)"):
+        prepare(job(source, tmp_path / "o.gguf", target, runtime="llama.cpp"))
+
+
+def test_a_head_without_an_embedding_is_refused_for_ik(tmp_path: Path, target: Path) -> None:
+    config = small_config(vocab_size=VOCAB)
+    tensors = random_tensors(dflash_shapes(config) | {"lm_head.weight": (VOCAB, 64)})
+    source = write_checkpoint(tmp_path / "drafter", config, tensors)
+    with pytest.raises(Problems, match=r"OUTPUT: ik_llama\.cpp takes it only with TOKEN_EMBEDDING"):
+        prepare(job(source, tmp_path / "o.gguf", target, runtime="ik_llama.cpp"))
+
+
+def test_all_of_it_comes_at_once_also_without_fc(tmp_path: Path, target: Path) -> None:
+    config = small_config(vocab_size=VOCAB)
+    tensors = random_tensors(dflash_shapes(config))
+    del tensors["fc.weight"], tensors["norm.weight"]
+    source = write_checkpoint(tmp_path / "drafter", config, tensors)
+    with pytest.raises(Problems) as caught:
+        prepare(job(source, tmp_path / "o.gguf", target, runtime="llama.cpp"))
+    assert len(caught.value.problems) == 2
+
+
+@pytest.mark.parametrize("field", ["attention_value_scale", "input_embedding_scale", "output_multiplier"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_a_scale_that_would_turn_itself_off_is_refused(tmp_path: Path, field: str, value: int) -> None:
+    source = small_checkpoint(tmp_path / "drafter", **{f"dflash_config.{field}": value})
+    with pytest.raises(WrongInput, match=f"{field}: found"):
+        prepare(job(source, tmp_path / "o.gguf"))
+
+
+def test_the_target_s_repository_and_revision_are_on_record(source: Path, tmp_path: Path) -> None:
+    """P-44, T-61: not the folder's name, which is a hash in the hub's cache."""
+    folder = tmp_path / "models--Qwen--Qwen3-8B" / "snapshots" / ("ab" * 20)
+    folder.parent.mkdir(parents=True)
+    tiny_target(folder)
+    convert(job(source, tmp_path / "out.gguf", folder, runtime="llama.cpp"))
+    keys = read_gguf(tmp_path / "out.gguf").keys
+    assert keys["drafter.target.name"].value == "Qwen3-8B"
+    assert keys["drafter.target.repository"].value == "Qwen/Qwen3-8B"
+    assert keys["drafter.target.revision"].value == "ab" * 20
+
+
+def test_the_launch_line_can_be_pasted(tmp_path: Path) -> None:
+    source = small_checkpoint(tmp_path / "drafter")
+    out = tmp_path / "my drafter.gguf"
+    assert f"--draft '{out}'" in convert(job(source, out)).launch
 
 
 def test_embedding_the_config_disowns_is_dropped_with_the_reason(tmp_path: Path) -> None:
@@ -397,6 +473,32 @@ def test_a_source_is_never_overwritten(source: Path, tmp_path: Path, how: str) -
     with pytest.raises(WrongUsage, match="is the same file as the source"):
         convert(job(source, out))
     assert weights.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_the_target_s_files_are_never_overwritten(source: Path, target: Path, name: str) -> None:
+    """T-24 for what is read beside the weights."""
+    before = (target / name).read_bytes()
+    with pytest.raises(WrongUsage, match="is the same file as the source"):
+        prepare(job(source, target / name, target, runtime="llama.cpp"))
+    assert (target / name).read_bytes() == before
+
+
+def test_a_target_under_the_partial_name_survives(source: Path, target: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    convert(job(source, tmp_path / "stands-for-a-target.gguf", target, runtime="llama.cpp"))
+    precious = (tmp_path / "stands-for-a-target.gguf").rename(tmp_path / "out.gguf.partial")
+    with pytest.raises(DrafterError):
+        convert(job(source, out, precious, runtime="lucebox"))
+    assert precious.is_file()
+
+
+def test_weights_the_index_does_not_name_are_pointed_out(source: Path, tmp_path: Path) -> None:
+    """R3: no tensor is passed over in silence."""
+    names = json.dumps({"weight_map": dict.fromkeys(dflash_shapes(small_config()), "model.safetensors")})
+    (source / "model.safetensors.index.json").write_text(names)
+    write_safetensors(source / "extra.safetensors", {"candidate_selector.x": np.zeros(2, np.float32)})
+    assert "extra.safetensors: the index does not name it" in prepare(job(source, tmp_path / "o.gguf")).warnings[0]
 
 
 def test_a_folder_is_no_destination(source: Path, tmp_path: Path) -> None:

@@ -98,9 +98,30 @@ def test_ids_block_sizes_and_bytes_are_ggml_s(kind: str) -> None:
     assert (TYPES[kind].block, TYPES[kind].layout.itemsize) == (block, n_bytes)
 
 
+def stored(weight: np.float32, kind: str) -> np.ndarray:
+    """What comes back of a block with this one weight."""
+    row = np.zeros((1, 32), dtype=np.float32)
+    row[0, 3] = weight
+    with np.errstate(over="ignore", invalid="ignore"):  # an infinite scale times a code of zero
+        return dequantize(quantize(row, TYPES[kind]), TYPES[kind], (1, 32))[0]
+
+
+# The smallest weight above `largest` that is lost; for Q8_0 one that is lost in any case.
+TOO_LARGE = {
+    "F32": np.float32(np.inf),
+    "F16": np.float32(65520.0),  # half way to 65536, and the tie goes to the even one
+    "BF16": np.array(0x7F7F8000, dtype=np.uint32).view(np.float32)[()],  # half way likewise
+    "Q8_0": np.float32(TYPES["Q8_0"].largest * 1.001),
+}
+
+
 @pytest.mark.parametrize("kind", TYPES)
 def test_largest_is_the_last_weight_that_stays_finite(kind: str) -> None:
-    largest = np.float32(TYPES[kind].largest)
-    row = np.zeros((1, 32), dtype=np.float32)
-    row[0, 3] = largest
-    assert np.isfinite(dequantize(quantize(row, TYPES[kind]), TYPES[kind], (1, 32))).all()
+    largest, lost = np.float32(TYPES[kind].largest), TOO_LARGE[kind]
+    assert largest < lost
+    for sign in (1, -1):
+        assert np.isfinite(stored(sign * largest, kind)).all()
+        assert not np.isfinite(stored(sign * lost, kind)).all()
+    if kind != "Q8_0":
+        below = np.nextafter(lost, np.float32(0))
+        assert stored(below, kind)[3] == largest, "the last weight before the infinity is stored as the largest"

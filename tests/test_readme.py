@@ -38,7 +38,6 @@ def test_tables_are_the_code_s(what: str) -> None:
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the fixtures in it, where a command of the README works as it stands."""
     (tmp_path / "fixtures").symlink_to(ROOT / "fixtures")
-    (tmp_path / "out").mkdir()
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -74,7 +73,16 @@ def test_batch_example_makes_its_files(tmp_path: Path) -> None:
     (tmp_path / ".venv" / ".installed").touch()
     environment = {**os.environ, "MAKEFLAGS": ""}
     subprocess.run(["make", *shlex.split(command[1])], cwd=tmp_path, check=True, capture_output=True, env=environment)
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["tiny-BF16.gguf", "tiny-Q8_0.gguf"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        ".for-llama.cpp",
+        "tiny-BF16.gguf",
+        "tiny-Q8_0.gguf",
+    ]
+    first = (tmp_path / "out" / "tiny-Q8_0.gguf").stat().st_mtime_ns
+    again = [["make", "out/tiny-Q8_0.gguf"], ["make", "out/tiny-Q8_0.gguf", "RUNTIME=lucebox"]]
+    for command_line, made in zip(again, (False, True), strict=True):
+        subprocess.run(command_line, cwd=tmp_path, check=True, capture_output=True, env=environment)
+        assert ((tmp_path / "out" / "tiny-Q8_0.gguf").stat().st_mtime_ns > first) is made
     missing = subprocess.run(
         ["make", "out/other-Q8_0.gguf"], cwd=tmp_path, capture_output=True, text=True, env=environment
     )

@@ -229,11 +229,19 @@ SCALINGS = [
     pytest.param({**YARN, "truncate": False}, "{home}.truncate", id="G-17 yarn truncate false"),
     pytest.param(
         {**YARN, "beta_fast": 32.0, "beta_slow": 1, "attention_factor": 1.2, "extrapolation_factor": 1.0},
-        RopeScaling("yarn", 4.0, 4096, extrapolation_factor=1.0, attention_factor=1.2, beta_fast=32.0, beta_slow=1.0),
-        id="yarn in full",
+        RopeScaling("yarn", 4.0, 4096, attention_factor=1.2),
+        id="yarn with the paper's parameters spelled out",
     ),
     pytest.param(
         {**YARN, "attn_factor": 1.2}, RopeScaling("yarn", 4.0, 4096, attention_factor=1.2), id="yarn attn_factor"
+    ),
+    pytest.param(
+        {**YARN, "beta_fast": 16, "beta_slow": 2, "extrapolation_factor": 0.5, "attention_factor": 1.138629436},
+        RopeScaling("yarn", 4.0, 4096, extrapolation_factor=0.5, beta_fast=16.0, beta_slow=2.0),
+        id="yarn with parameters of its own",
+    ),
+    pytest.param(
+        {"rope_type": "linear", "factor": 4.0, "beta_fast": 16}, "{home}.beta_fast: found 16", id="linear with beta"
     ),
     pytest.param({**YARN, "attn_factor": 1.2, "attention_factor": 1.0}, "attn_factor", id="yarn two factors"),
     pytest.param({**YARN, "factor": None}, "{home}.factor", id="yarn without factor"),

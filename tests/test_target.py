@@ -53,7 +53,7 @@ def test_fixture() -> None:
 def test_text_config_is_merged_up(tmp_path: Path) -> None:
     text = {"hidden_size": 64, "num_hidden_layers": 3, "vocab_size": None, "architectures": ["Qwen3_5ForCausalLM"]}
     target = read_target(folder(tmp_path, CONFIG | {"text_config": text, "_name_or_path": "Qwen/Qwen3.5"}))
-    assert target == Target("Qwen/Qwen3.5", "Qwen3_5ForCausalLM", 3, 64, 2048, False, None)
+    assert target == Target("Qwen3.5", "Qwen3_5ForCausalLM", 3, 64, 2048, False, None)
 
 
 @pytest.mark.parametrize("key", ["llm_config", "language_config", "thinker_config"])

@@ -16,7 +16,7 @@ from gguf import GGUFValueType
 from convert_drafter.converters.errors import WrongInput
 from convert_drafter.converters.gguf_file import KeyValue
 from convert_drafter.converters.roles import Role, TensorKey
-from convert_drafter.converters.spec import DrafterSpec, facts_of
+from convert_drafter.converters.spec import DrafterSpec, facts_of, yarn_attention
 
 U32, F32, I32 = GGUFValueType.UINT32, GGUFValueType.FLOAT32, GGUFValueType.INT32
 BOOL, STRING, ARRAY = GGUFValueType.BOOL, GGUFValueType.STRING, GGUFValueType.ARRAY
@@ -32,25 +32,41 @@ class Codec:
     decode: Callable[[Any, Facts], Any]
 
 
+def _exactly(total: int, parts: int) -> int:
+    if total % parts:
+        raise WrongInput(f"a width of {total} is no multiple of {parts} capture layers")
+    return total // parts
+
+
 SAME = Codec("SAME", lambda value, _: value, lambda stored, _: stored)
 ONE_BASED = Codec("ONE_BASED", lambda ids, _: tuple(k + 1 for k in ids), lambda stored, _: tuple(k - 1 for k in stored))
+# ggml's rope kernel multiplies the paper's factor in; the key holds what is left to multiply.
+YARN_ATTENTION = Codec(
+    "YARN_ATTENTION",
+    lambda value, facts: value / yarn_attention(facts["rope.scaling.factor"]),
+    lambda stored, facts: float(f"{stored * yarn_attention(facts['rope.scaling.factor']):.6g}"),
+)
 # Width of all captured hidden states side by side; the count of capture layers is known from its own row above.
 ALL_CAPTURES = Codec(
     "ALL_CAPTURES",
     lambda width, facts: width * len(facts["capture_layers"]),
-    lambda stored, facts: stored // len(facts["capture_layers"]),
+    lambda stored, facts: _exactly(stored, len(facts["capture_layers"])),
 )
 
 
 @dataclass(frozen=True)
 class Row:
-    """`key` with `{a}` for the architecture; `element` is set for an array. An F32 key keeps 24 bits of a float."""
+    """`key` with `{a}` for the architecture; `element` is set for an array. An F32 key keeps 24 bits of a float.
+
+    `also` is another element type that the runtime reads as well as the one we write.
+    """
 
     key: str
     type: GGUFValueType
     field: str
     codec: Codec = SAME
     element: GGUFValueType | None = None
+    also: GGUFValueType | None = None
 
 
 @dataclass(frozen=True)
@@ -63,12 +79,11 @@ class Count:
 
 @dataclass(frozen=True)
 class Limit:
-    """What the runtime's loader demands of the facts beyond their keys. A soft limit is a warning."""
+    """What the runtime's loader demands of the facts beyond their keys."""
 
     field: str
     holds: Callable[[DrafterSpec], bool]
     message: str
-    soft: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,7 +107,9 @@ class Cell:
     """One (kind, runtime) pair: one loader. `source` names the code the facts were read from.
 
     `names` lists the tensors called otherwise than the role says, None where the loader has no such tensor;
-    `harmless` the facts that may be lost, with the reason; `tokenizer` tells whether the file carries the target's.
+    `harmless` the facts that may be lost, with the reason; `needs` a tensor that may not come without another;
+    `targets` the target architectures that hand out hidden states, True where also the last layer's; `tokenizer`
+    tells whether the file carries the target's.
     """
 
     kind: str
@@ -106,6 +123,8 @@ class Cell:
     implied: tuple[Implied, ...] = ()
     harmless: Mapping[str, str] = field(default_factory=dict)
     limits: tuple[Limit, ...] = ()
+    needs: Mapping[Role, Role] = field(default_factory=dict)
+    targets: Mapping[str, bool] | None = None
     tokenizer: bool = True
     notes: tuple[Note, ...] = ()
 
@@ -116,6 +135,12 @@ class Cell:
         return name if name is None or layer is None else name.replace("{i}", str(layer))
 
 
+# Numerically the same, so that it may be lost.
+PLAIN_SECTIONS = {"rope.sections": "text-only M-RoPE sections are numerically plain rotate-half RoPE"}
+SLIDING_NOTE = Note(
+    "sliding layers look only backwards inside a block here, and both ways in llama.cpp; no key says which was trained",
+    lambda spec: spec.window is not None,
+)
 # Keys that every runtime spells alike, after llama.cpp (`src/llama-arch.cpp`).
 SHARED_ROWS = (
     Row("{a}.block_count", U32, "layer_count"),
@@ -140,8 +165,8 @@ OWN_ROWS = (
 )
 
 
-def objections(cell: Cell, spec: DrafterSpec) -> list[str]:
-    """Every fact of `spec` that this runtime cannot carry or does not accept."""
+def objections(cell: Cell, spec: DrafterSpec, architecture: str | None = None) -> list[str]:
+    """Every fact of `spec` that this runtime cannot carry or does not accept; `architecture` is the target's."""
     facts = facts_of(spec)
     fixed = {implied.field: implied.value(facts) for implied in cell.implied}
     carried = {row.field for row in (*cell.rows, *OWN_ROWS)} | set(cell.harmless)
@@ -150,17 +175,27 @@ def objections(cell: Cell, spec: DrafterSpec) -> list[str]:
         for name, value in facts.items()
         if name not in carried and value != fixed.get(name)
     ]
-    return lost + _broken(cell, spec, soft=False)
+    broken = [f"{limit.field}: {limit.message}" for limit in cell.limits if not limit.holds(spec)]
+    if _captures_last(spec) and (cell.targets or {}).get(architecture or "") is False:
+        broken.append(
+            f"capture_layers: the last layer is captured; {cell.runtime} has no state after it ({architecture})"
+        )
+    return lost + broken
 
 
-def doubts(cell: Cell, spec: DrafterSpec) -> list[str]:
-    """What this runtime may not run as it was trained."""
-    return _broken(cell, spec, soft=True)
+def doubts(cell: Cell, spec: DrafterSpec, architecture: str | None = None) -> list[str]:
+    """What may not run in this runtime, as far as the target is known."""
+    if cell.targets is None or architecture in cell.targets:
+        return []
+    if architecture is not None:
+        known = f"not known to hand out hidden states in {cell.runtime}; a target that does not stops at an assertion"
+        return [f"target architecture {architecture}: {known}"]
+    last = "the target's last layer is captured, which few of its targets hand out"
+    return [f"capture_layers: {last} in {cell.runtime}"] if _captures_last(spec) else []
 
 
-def _broken(cell: Cell, spec: DrafterSpec, soft: bool) -> list[str]:
-    broken = [limit for limit in cell.limits if limit.soft is soft and not limit.holds(spec)]
-    return [f"{limit.field}: {limit.message}" for limit in broken]
+def _captures_last(spec: DrafterSpec) -> bool:
+    return max(spec.capture_layers) == spec.target_layer_count - 1
 
 
 def write(cell: Cell, spec: DrafterSpec) -> tuple[KeyValue, ...]:
@@ -183,7 +218,7 @@ def read(cell: Cell, keys: Mapping[str, KeyValue]) -> dict[str, Any]:
         name = row.key.format(a=cell.arch)
         if name not in keys:
             continue
-        value = row.codec.decode(_stored(keys[name], row, name), facts)
+        value = _decoded(row, _stored(keys[name], row, name), facts, name)
         if facts.setdefault(row.field, value) != value:
             raise WrongInput(f"{name}: found {value!r}, but another key says {row.field} = {facts[row.field]!r}")
     for implied in cell.implied:
@@ -194,12 +229,19 @@ def read(cell: Cell, keys: Mapping[str, KeyValue]) -> dict[str, Any]:
 
 
 def _stored(entry: KeyValue, row: Row, name: str) -> Any:
-    if (entry.type, entry.element) != (row.type, row.element):
+    if entry.type != row.type or entry.element not in (row.element, row.also or row.element):
         found = entry.type.name if entry.element is None else f"array of {entry.element.name}"
         expected = row.type.name if row.element is None else f"array of {row.element.name}"
-        raise WrongInput(f"{name}: found {found}, expected {expected}; runtimes refuse or ignore another type")
+        raise WrongInput(f"{name}: found {found}, expected {expected}")
     # the shortest decimal with these 24 bits: 1e-06 comes back as 1e-06
     return float(str(np.float32(entry.value))) if row.type == F32 else entry.value  # type: ignore[arg-type]
+
+
+def _decoded(row: Row, stored: Any, facts: Facts, name: str) -> Any:
+    try:
+        return row.codec.decode(stored, facts)
+    except (KeyError, ZeroDivisionError) as error:
+        raise WrongInput(f"{name}: found {stored!r}, but a key that it belongs to is missing or empty") from error
 
 
 def _check_count(keys: Mapping[str, KeyValue], name: str, values: Any) -> None:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from convert_drafter.converters.dialects.cell import ALL_CAPTURES, ARRAY, F32, I32, U32, Cell, Limit, Note, Row
+from convert_drafter.converters.dialects.cell import (
+    ALL_CAPTURES,
+    ARRAY,
+    F32,
+    I32,
+    PLAIN_SECTIONS,
+    SLIDING_NOTE,
+    U32,
+    Cell,
+    Limit,
+    Row,
+)
 from convert_drafter.converters.dialects.llama_cpp import FORK_ROWS
 from convert_drafter.converters.roles import Role
 
 MAX_CAPTURES = 8
-SLIDING_NOTE = Note(
-    "sliding layers look only backwards inside a block here, and both ways in llama.cpp; no key says which was trained",
-    lambda spec: spec.window is not None,
-)
 
 DFLASH = Cell(
     kind="dflash",
@@ -20,7 +27,7 @@ DFLASH = Cell(
         *FORK_ROWS,
         Row("{a}.dflash.block_size", U32, "block_size"),
         Row("{a}.dflash.mask_token_id", U32, "mask_token_id"),
-        Row("{a}.dflash.target_layer_ids", ARRAY, "capture_layers", element=I32),
+        Row("{a}.dflash.target_layer_ids", ARRAY, "capture_layers", element=I32, also=U32),
         Row("{a}.dflash.n_target_features", U32, "target_hidden_size", ALL_CAPTURES),
         Row("{a}.dflash.backbone_rotary_base", F32, "context_theta"),
     ),
@@ -29,7 +36,8 @@ DFLASH = Cell(
         Role.FUSION_NORM: "dflash_hidden_norm.weight",
         Role.FFN_NORM: "blk.{i}.post_attention_norm.weight",
     },
-    harmless={"rope.sections": "text-only M-RoPE sections are numerically plain rotate-half RoPE"},
+    harmless=PLAIN_SECTIONS,
+    needs={Role.OUTPUT: Role.TOKEN_EMBEDDING},
     limits=(
         Limit(
             "capture_layers",

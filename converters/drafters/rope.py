@@ -6,10 +6,11 @@ published drafters show. There is no default: a drafter with a wrong theta loads
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from convert_drafter.converters.config import ConfigReader
-from convert_drafter.converters.spec import MROPE_SECTIONS, Rope, RopeScaling
+from convert_drafter.converters.spec import MROPE_SECTIONS, PAPER, Rope, RopeScaling, yarn_attention
 
 TOP_LEVEL = ("rope_theta", "global_rope_theta", "rope_global_theta", "rope_theta_global", "rotary_emb_base")
 # A base of the sliding layers' own; it may be there, but not differ: no runtime's DFlash has two.
@@ -109,7 +110,7 @@ def read_scaling(reader: ConfigReader) -> RopeScaling | None:
 
 
 def _rope_type(reader: ConfigReader, home: str) -> str | None:
-    return reader.find("rope.scaling", str, f"{home}.rope_type", f"{home}.type")
+    return reader.find("rope.scaling.method", str, f"{home}.rope_type", f"{home}.type")
 
 
 def _scaling_at(reader: ConfigReader, home: str) -> RopeScaling | None:
@@ -142,17 +143,20 @@ def _stretch(reader: ConfigReader, home: str, kind: str) -> RopeScaling:
     length = reader.find("rope.scaling.original_context_length", int, *paths)
     if kind == "yarn" and length is None:
         raise reader.missing("rope.scaling.original_context_length", "an integer", *paths)
-    return RopeScaling(
-        method=kind,
-        factor=factor,
-        original_context_length=length,
-        extrapolation_factor=reader.find("rope.scaling.extrapolation_factor", float, f"{home}.extrapolation_factor"),
-        attention_factor=reader.find(
-            "rope.scaling.attention_factor", float, f"{home}.attention_factor", f"{home}.attn_factor"
-        ),
-        beta_fast=reader.find("rope.scaling.beta_fast", float, f"{home}.beta_fast"),
-        beta_slow=reader.find("rope.scaling.beta_slow", float, f"{home}.beta_slow"),
-    )
+    parameters = {name: _yarn_parameter(reader, home, kind, name, paper) for name, paper in PAPER.items()}
+    attention = _yarn_parameter(reader, home, kind, "attention_factor", yarn_attention(factor))
+    return RopeScaling(kind, factor, length, attention_factor=attention, **parameters)
+
+
+def _yarn_parameter(reader: ConfigReader, home: str, kind: str, name: str, paper: float) -> float | None:
+    """One of YaRN's optional parameters, None where it is the paper's."""
+    aliases = [key for key, field in SCALING_KEYS.items() if field == name]
+    value = reader.find(f"rope.scaling.{name}", float, *(f"{home}.{key}" for key in aliases))
+    if value is None or math.isclose(value, paper, rel_tol=1e-6):
+        return None
+    if kind != "yarn":
+        raise reader.error(reader.origins[f"rope.scaling.{name}"], f"found {value:g}", "none: only YaRN has it")
+    return value
 
 
 def _read_sections(reader: ConfigReader, dimensions: int, target_uses_mrope: bool | None) -> tuple[int, ...] | None:
