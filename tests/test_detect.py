@@ -159,6 +159,8 @@ def test_a_dflash_name_on_eagle3_tensors_helps_nothing(tmp_path: Path) -> None:
         ({"quantization_config": {"quant_method": "compressed-tensors"}}, ["compressed-tensors"]),
         ({"quantization": {"group_size": 64, "bits": 4}}, ["quantization", "4 bits"]),
         ({"quantization_config": {"bits": 8}}, ["quantization_config", "8 bits"]),
+        ({"quantization_config": "nvfp4"}, ["quantization_config", "nvfp4"]),
+        ({"quantization": "fp8"}, ["quantization", "fp8"]),
     ],
 )
 @pytest.mark.parametrize("tensors", [PLAIN, DSPARK, TARGET])

@@ -91,7 +91,7 @@ def test_a_width_without_its_capture_layers_is_no_traceback(good: Callable[[str]
         if ids is None:
             del keys[name]
 
-    with pytest.raises(WrongInput, match="missing or empty|no multiple of 5 capture layers"):
+    with pytest.raises(WrongInput, match=r"missing or empty|no multiple of 5 capture layers"):
         inspect(spoiled(good("ik_llama.cpp"), edit))
 
 
