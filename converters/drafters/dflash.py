@@ -20,6 +20,7 @@ CAPTURES = ("dflash_config.target_layer_ids", "target_layer_ids")
 # The same layers counted as indices of hidden_states, one higher; only ever a cross-check, because some exporters
 # put zero-based ids under these keys too (the Laguna and Nemotron releases carry both lists).
 CAPTURES_PLUS_ONE = ("eagle_aux_hidden_state_layer_ids", "aux_hidden_state_layer_ids")
+BLOCK_SIZES = ("dflash_config.block_size", "block_size", "dflash_config.draft_block_size", "draft_block_size")
 WINDOW_SIZES = ("dflash_config.swa_window_size", "sliding_window")
 CAUSAL = ("is_causal", "dflash_config.causal", "dflash_query_causal", "draft_causal")
 
@@ -57,9 +58,7 @@ def read_spec(reader: ConfigReader, headers: Headers, target: Target | None) -> 
         vocab_size=read_vocab_size(reader),
         norm_epsilon=reader.get("norm_epsilon", float, "rms_norm_eps", "norm_eps"),
         rope=(rope := read_rope(reader, head_dim, types_in_use(reader, layer_types), uses_mrope)),
-        block_size=reader.get(
-            "block_size", int, "dflash_config.block_size", "block_size", "dflash_config.draft_block_size"
-        ),
+        block_size=reader.get("block_size", int, *BLOCK_SIZES),
         mask_token_id=reader.get("mask_token_id", int, "dflash_config.mask_token_id", "mask_token_id"),
         capture_layers=captures,
         target_layer_count=read_target_depth(reader, target),
