@@ -94,6 +94,6 @@ out/.for-$(RUNTIME):
 define recipe
 out/%-$(1).gguf: $$(VENV)/.installed out/.for-$$(RUNTIME) $$$$(wildcard $$$$(SRC_$$$$*)/config.json)
 	$$(if $$(SRC_$$*),,$$(error set SRC_$$* to the checkpoint of $$*, on the command line or in jobs.mk))
-	$$(DRAFTER) convert "$$(SRC_$$*)" $$(if $$(TARGET_$$*),--target "$$(TARGET_$$*)") --for $$(RUNTIME) --quant $(1) -o $$@
+	$$(DRAFTER) convert "$$(strip $$(SRC_$$*))" $$(if $$(TARGET_$$*),--target "$$(strip $$(TARGET_$$*))") --for $$(RUNTIME) --quant $(1) -o $$@
 endef
 $(foreach name,$(RECIPES),$(eval $(call recipe,$(name))))

@@ -85,10 +85,10 @@ def open_checkpoint(source: Path) -> Checkpoint:
 
     Raises `WrongInput` where nothing can be read, `Problems` with everything that is wrong in the files.
     """
-    with _reading(source):
+    with reading(source):
         folder, files, weight_map = _find_weights(source)
         config_path = _find_config(source, folder)
-        config = _json_object(str(config_path), config_path.read_bytes())
+        config = json_object(str(config_path), config_path.read_bytes())
     problems = _missing_parts(files) if weight_map is None else []
     read = {file.name: _read_header(file, problems) for file in files}
     headers = {name: tensors for name, (tensors, _) in read.items()}
@@ -112,7 +112,7 @@ def read_rows(tensor: TensorHeader, start: int, stop: int) -> Array:
         raise IndexError(f"tensor {tensor.name!r}: rows {start}..{stop} of {tensor.rows}")
     rows = np.empty((stop - start, *tensor.shape[1:]), DTYPES[tensor.dtype])
     # A plain read and no mmap: mapped pages would count as resident memory for the whole run.
-    with _reading(tensor.file), tensor.file.open("rb") as file:
+    with reading(tensor.file), tensor.file.open("rb") as file:
         file.seek(tensor.start + start * tensor.row_bytes)
         found = file.readinto(rows.reshape(-1).view(np.uint8).data)
     if found != rows.nbytes:
@@ -133,7 +133,7 @@ def _find_weights(source: Path) -> tuple[Path, tuple[Path, ...], dict[str, str] 
     if not source.is_dir():
         if source.suffix == WEIGHTS and source.exists():
             return source.parent, (source,), None
-        raise WrongInput(f"{source}: expected an existing folder or a {WEIGHTS} file; {NO_PICKLE}")
+        raise WrongInput(f"{source}: {_no_source(source)}")
     below = sorted(filter(Path.is_dir, source.iterdir()))
     folders = [folder for folder in (source, *below) if _files(folder, (INDEX, WEIGHTS))]
     if not folders:
@@ -144,6 +144,23 @@ def _find_weights(source: Path) -> tuple[Path, tuple[Path, ...], dict[str, str] 
     return (folders[0], *_weights_in(folders[0]))
 
 
+def _no_source(source: Path) -> str:
+    """Why this is no checkpoint, and what to give."""
+    if not source.exists():
+        hub = (
+            f"; to fetch it from the hub: hf download {source} --local-dir FOLDER"
+            if source.as_posix().count("/") == 1
+            else ""
+        )
+        return f"there is nothing of this name; expected a checkpoint's folder or its {WEIGHTS} file{hub}"
+    if source.suffix == ".gguf":
+        return "is a GGUF already; expected the published checkpoint, a folder with config.json and safetensors"
+    pickle = f" ({NO_PICKLE})" if source.suffix in PICKLES else ""
+    return (
+        f"expected a checkpoint's folder or its {WEIGHTS} file{pickle}; for a file beside config.json give the folder"
+    )
+
+
 def _weights_in(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
     indexes = _files(folder, INDEX)
     if len(indexes) > 1:
@@ -151,7 +168,7 @@ def _weights_in(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
     if not indexes:
         return _files(folder, WEIGHTS), None
     where = str(indexes[0])
-    weight_map = _json_object(where, indexes[0].read_bytes()).get("weight_map")
+    weight_map = json_object(where, indexes[0].read_bytes()).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise WrongInput(f"{where}: weight_map: found {reprlib.repr(weight_map)}, expected tensors and shards; {MEND}")
     beside = {path.name for path in _files(folder, WEIGHTS)}  # so a shard can only be a plain name in this folder
@@ -186,7 +203,7 @@ def _read_header(path: Path, problems: list[str]) -> tuple[Headers, str]:
     raw = b""  # of an unreadable file
     try:
         raw, size = _header_bytes(path)
-        for name, entry in _json_object("header", raw).items():
+        for name, entry in json_object("header", raw).items():
             if name != "__metadata__":
                 try:
                     tensors[name] = _tensor(path, name, entry, 8 + len(raw))
@@ -201,8 +218,10 @@ def _read_header(path: Path, problems: list[str]) -> tuple[Headers, str]:
 
 def _header_bytes(path: Path) -> tuple[bytes, int]:
     """(JSON header, size of the file); the length is held against the file before it is believed."""
-    with _reading(path), path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         size = path.stat().st_size
+        if not path.is_file():
+            raise WrongInput("found a device or a pipe, expected a file")
         head = file.read(8)
         if head == b"version ":
             raise WrongInput("found a git-lfs pointer, expected the file it stands for: `git lfs pull`")
@@ -266,16 +285,16 @@ def _fault(name: str, field: str, found: object, expected: str) -> NoReturn:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise WrongInput(f"{error.filename or path}: cannot be read: {error.strerror or error}") from error
 
 
-def _json_object(where: str, raw: bytes) -> dict[str, Any]:
+def json_object(where: str, raw: bytes) -> dict[str, Any]:
     try:
-        found = json.loads(raw.decode("utf-8"), object_pairs_hook=_once)
+        found = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise WrongInput(f"{where}: not valid JSON: {error}") from error
     if not isinstance(found, dict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -54,8 +55,20 @@ def cli() -> None:
 @cli.command()
 @click.argument("source", type=INPUT)
 @click.option("--target", type=INPUT, help="The target's Hugging Face folder or GGUF: tokenizer, depth, hidden size.")
-@click.option("--for", "runtime", type=click.Choice(RUNTIMES), required=True, help="The runtime that will load it.")
-@click.option("--quant", "recipe", type=click.Choice(list(RECIPES)), required=True, help="How weights are stored.")
+@click.option(
+    "--for",
+    "runtime",
+    type=click.Choice(RUNTIMES, case_sensitive=False),
+    required=True,
+    help="The runtime that will load it.",
+)
+@click.option(
+    "--quant",
+    "recipe",
+    type=click.Choice(list(RECIPES), case_sensitive=False),
+    required=True,
+    help="How weights are stored.",
+)
 @click.option("-o", "--out", type=INPUT, required=True, help="The GGUF to write.")
 @click.option("--dry-run", is_flag=True, help="Show the plan; read no tensor data, write nothing.")
 @click.option("--strict", is_flag=True, help="Treat every warning as an error.")
@@ -122,6 +135,9 @@ def progress(name: str, total: int) -> Iterator[Callable[[int], None]]:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point: every foreseeable failure is one message and an exit code, never a traceback."""
+    for name in ("SIGTERM", "SIGHUP"):  # as clean an end as Ctrl-C; not every system has both
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.default_int_handler)
     try:
         code = cli.main(arguments, prog_name="convert-drafter", standalone_mode=False)
     except DrafterError as error:
@@ -132,12 +148,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except (KeyboardInterrupt, click.Abort):
         fail("interrupted; nothing was left behind", INTERRUPTED)
     except OSError as error:
-        fail(f"{error.filename or 'input'}: {error.strerror or error}", DrafterError.exit_code)
+        fail(f"{error.filename or 'standard output'}: {error.strerror or error}", DrafterError.exit_code)
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def fail(message: str, code: int) -> NoReturn:
-    click.echo(f"error: {message}", err=True)
+    click.echo(f"error: {show.plain(message)}", err=True)
     sys.exit(code)
 
 

@@ -59,6 +59,8 @@ def override(config: Mapping[str, Any], settings: Mapping[str, str]) -> dict[str
             node[last] = json.loads(text)
         except json.JSONDecodeError:
             node[last] = text
+        except (ValueError, RecursionError) as error:
+            raise WrongUsage(f"--set {path}: a value nobody can read: {error}") from error
     return out
 
 
@@ -84,6 +86,7 @@ class ConfigReader:
         found = {path: value for path, value in values.items() if value is not None}
         if not found:
             return None
+        found = {path: value for path, value in found.items() if path in self.settings} or found  # the user settles it
         path, value = next(iter(found.items()))
         if any(other != value for other in found.values()):
             shown = ", ".join(f"{p} = {v!r}" for p, v in found.items())

@@ -198,6 +198,10 @@ def refuse_overwriting(out: Path, sources: Iterable[Path]) -> None:
     """A destination that is one of the sources, under whatever name or link, is refused (T-24)."""
     if out.is_dir():
         raise WrongUsage(f"{out}: is a folder, expected a file name ending in .gguf")
+    if out.exists() and not out.is_file():
+        raise WrongUsage(f"{out}: is a device or a pipe, expected a file name ending in .gguf")
+    if not out.parent.is_dir():
+        raise WrongInput(f"{out}: there is no folder {out.parent}; make it first")
     taken = [path for path in (out, partial_name(out)) if path.exists()]
     for source in sources if taken else ():
         if any(path.samefile(source) for path in taken):

@@ -43,6 +43,9 @@ CODES = {  # of Python's struct module
 }  # fmt: skip
 
 
+BUSY = "another run is writing it; wait for that run or choose another output"
+
+
 @dataclass(frozen=True)
 class KeyValue:
     """One metadata entry with its exact GGUF type; `element` is the element type of an ARRAY."""
@@ -113,6 +116,7 @@ def write_gguf(
             with file_access(path, "written"):
                 os.fsync(file.fileno())
                 size = file.tell()
+                _own(file, partial)
                 partial.replace(path)
     except BaseException:
         with suppress(OSError):
@@ -123,13 +127,25 @@ def write_gguf(
 
 
 def _claim(partial: Path) -> FileIO:
-    """A new, empty partial file that no other run may write; what a killed run left behind is removed."""
-    with suppress(FileNotFoundError), partial.open("rb") as stale:
-        _lock(stale, partial)
-    partial.unlink(missing_ok=True)
-    file = partial.open("xb", buffering=0)
-    _lock(file, partial)
+    """The partial file, emptied, that no other run may write; what a killed run left behind is used again."""
+    if partial.is_symlink():
+        partial.unlink()
+    file = FileIO(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666), "r+")
+    try:
+        _lock(file, partial)
+        _own(file, partial)
+        file.truncate(0)
+    except BaseException:
+        file.close()
+        raise
     return file
+
+
+def _own(file: FileIO, partial: Path) -> None:
+    """Raise `WrongInput` where another run finished between our opening the file and locking it."""
+    there = partial.stat() if partial.exists() else None
+    if there is None or not os.path.samestat(os.fstat(file.fileno()), there):
+        raise WrongInput(f"{partial}: {BUSY}")
 
 
 def _lock(file: IO[bytes], partial: Path) -> None:
@@ -139,7 +155,7 @@ def _lock(file: IO[bytes], partial: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise WrongInput(f"{partial}: another run is writing it; wait for that run or choose another output") from error
+        raise WrongInput(f"{partial}: {BUSY}") from error
     except OSError:
         return
 

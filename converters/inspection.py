@@ -12,12 +12,12 @@ from convert_drafter.converters.convert import Published, read_published
 from convert_drafter.converters.dialects import CELLS, Cell, cell_of_arch, objections, read
 from convert_drafter.converters.dialects.cell import OWN_ROWS
 from convert_drafter.converters.drafters import KINDS
-from convert_drafter.converters.errors import WrongInput
+from convert_drafter.converters.errors import BadFact, WrongInput
 from convert_drafter.converters.gguf_file import file_access
 from convert_drafter.converters.gguf_read import GGUFFile, read_gguf
 from convert_drafter.converters.plan import match_tensors, plan_tensors
 from convert_drafter.converters.recipes import RECIPES
-from convert_drafter.converters.spec import REQUIRED, facts_of
+from convert_drafter.converters.spec import REQUIRED, DrafterSpec, facts_of, spec_from
 
 
 @dataclass(frozen=True)
@@ -115,15 +115,32 @@ def _faults(cell: Cell, file: GGUFFile) -> list[str]:
     facts = read(cell, file.keys)
     keys = {row.field: row.key.format(a=cell.arch) for row in reversed(cell.rows)}
     missing = [f"{keys[name]}: missing" for name in sorted(REQUIRED & set(keys) - set(facts))]
-    if "layer_count" not in facts:
+    facts.setdefault("kind", cell.kind)
+    if missing:
         return missing
-    rules = KINDS[cell.kind].rules(ConfigReader({}, ""))
-    known = {}
-    for rule in rules:
-        for layer in range(int(facts["layer_count"])) if rule.role.per_layer else [None]:
-            known[cell.tensor_name((rule.role, layer))] = rule.optional
-    absent = [f"{name}: missing" for name, optional in known.items() if not optional and name not in file.tensors]
-    return [*missing, *absent, *(f"{name}: unknown tensor" for name in file.tensors if name not in known)]
+    try:
+        spec = spec_from({"target_layer_count": max(facts["capture_layers"]) + 1, "target_hidden_size": 1} | facts)
+    except BadFact as bad:
+        return [f"{keys.get(bad.field, bad.field)}: found {bad.found!r}, expected {bad.expected}"]
+    if spec.layer_count > len(file.tensors):
+        return [f"{keys['layer_count']}: found {spec.layer_count} layers, the file has {len(file.tensors)} tensors"]
+    return _tensor_faults(cell, spec, file)
+
+
+def _tensor_faults(cell: Cell, spec: DrafterSpec, file: GGUFFile) -> list[str]:
+    known = {
+        cell.tensor_name((rule.role, layer)): rule
+        for rule in KINDS[cell.kind].rules(ConfigReader({}, ""))
+        for layer in (range(spec.layer_count) if rule.role.per_layer else [None])
+    }
+    absent = [f"{name}: missing" for name, rule in known.items() if not rule.optional and name not in file.tensors]
+    unknown = [f"{name}: unknown tensor" for name in file.tensors if name not in known]
+    misshaped = [
+        f"{name}: found shape {list(stored.shape)}, expected {list(known[name].expected_shape(spec))}"
+        for name, stored in file.tensors.items()
+        if name in known and stored.shape != known[name].expected_shape(spec)
+    ]
+    return [*absent, *unknown, *misshaped]
 
 
 def _facts(cell: Cell, file: GGUFFile, path: Path) -> list[Fact]:

@@ -6,8 +6,10 @@ everything is known to fit.
 
 from __future__ import annotations
 
+import glob
 import math
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -102,6 +104,11 @@ def _pattern(source: str) -> re.Pattern[str]:
     return re.compile(re.escape(source).replace(r"\{i\}", r"(\d{1,9})"))
 
 
+def leave_out(name: str) -> str:
+    """The option that leaves out just this tensor, to be pasted into a shell."""
+    return f"--ignore-tensor {shlex.quote(glob.escape(name))}"
+
+
 def plain_name(name: str) -> str:
     """Some exports put the drafter under `model.`; the rules are written without it."""
     return name.removeprefix("model.")
@@ -128,7 +135,7 @@ class Matcher:
                 layer = int(found[1]) if found.groups() else None
                 self._use(name, Match((rule.role, layer), header, rule))
                 return
-        self.problems.append(f"{name}: unknown tensor {list(header.shape)}; leave it out with --ignore-tensor '{name}'")
+        self.problems.append(f"{name}: unknown tensor {list(header.shape)}; leave it out with {leave_out(name)}")
 
     def _use(self, name: str, match: Match) -> None:
         key, shape = match.key, match.rule.expected_shape(self.spec)
@@ -168,9 +175,9 @@ def match_tensors(
 ) -> Matcher:
     """Place every tensor of `headers`; `ignore` are the user's glob patterns of tensors to leave out."""
     matcher = Matcher(spec, rules, dropped)
-    for glob in ignore:
-        if not any(fnmatchcase(name, glob) for name in headers):
-            matcher.problems.append(f"--ignore-tensor '{glob}': matches no tensor of the checkpoint")
+    for mask in ignore:
+        if not any(fnmatchcase(name, mask) for name in headers):
+            matcher.problems.append(f"--ignore-tensor '{mask}': matches no tensor of the checkpoint")
     for name, header in headers.items():
         pattern = next((p for p in ignore if fnmatchcase(name, p)), None)
         if pattern is not None:

@@ -64,7 +64,8 @@ def source_of(folder: Path) -> tuple[str | None, str | None]:
 
     Known places: the hub cache's folder names, and the metadata `hf download --local-dir` leaves behind.
     """
-    if match := CACHE_FOLDER.search(folder.absolute().as_posix() + "/"):
+    places = (folder.absolute(), folder.resolve())  # a link into the cache counts, a link out of it as well
+    if match := next(filter(None, (CACHE_FOLDER.search(f"{place.as_posix()}/") for place in places)), None):
         return f"{match['owner']}/{match['name']}", match["revision"]
     metadata = folder / ".cache" / "huggingface" / "download" / "config.json.metadata"
     if metadata.is_file():

@@ -33,9 +33,14 @@ def bits_per_weight(plan: Plan) -> float:
     return 8 * plan.n_bytes / plan.n_weights
 
 
+def plain(text: str) -> str:
+    """Text from a file without its control characters: they would reach the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
 def warnings(console: Console, messages: Sequence[str]) -> None:
     for message in messages:
-        console.print(f"warning: {message}", markup=False)
+        console.print(f"warning: {plain(message)}", markup=False)
 
 
 def _table(*columns: str) -> Table:
@@ -132,7 +137,8 @@ def inspection(found: Inspection) -> str:
     for t in found.tensors:
         tensors.add_row(t.name, " x ".join(map(str, t.shape)), t.type, size(t.n_bytes))
     total = sum(t.n_bytes for t in found.tensors)
-    head = f"{found.path}: {found.kind} drafter, {found.format}"
+    what = "no drafter we know" if found.kind == "unknown" else f"{found.kind} drafter"
+    head = f"{found.path}: {what}, {found.format}"
     runtimes = [f"{name}: {reason or 'loads it'}" for name, reason in found.runtimes.items()]
     counts = f"{len(found.tensors)} tensors, {size(total)}"
     return _render(head, "", facts, "", tensors, "", counts, *runtimes)

@@ -10,6 +10,7 @@ from typing import Any
 from convert_drafter.converters.errors import BadFact
 
 MROPE_SECTIONS = 4
+MAX_VOCAB = 2**24
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ class DrafterSpec:
         return [
             ("kv_head_count", self.head_count % self.kv_head_count == 0, f"a divisor of head_count {self.head_count}"),
             ("block_size", self.block_size >= 2, "at least 2: the anchor and one drafted token"),
+            ("vocab_size", self.vocab_size <= MAX_VOCAB, f"at most {MAX_VOCAB}, far above any tokenizer"),
             ("mask_token_id", 0 <= self.mask_token_id < self.vocab_size, f"inside the vocabulary of {self.vocab_size}"),
             ("capture_layers", len(layers) > 0, "at least one target layer"),
             ("capture_layers", len(set(layers)) == len(layers), "each target layer once"),

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from gguf import GGUFValueType, GGUFWriter, SpecialVocab, TokenType
 
+from convert_drafter.converters.checkpoint import json_object, reading
 from convert_drafter.converters.errors import WrongInput
 from convert_drafter.converters.gguf_file import KeyValue
 from convert_drafter.converters.pre_tokenizers import ADVICE, components, pre_tokenizer_name
@@ -93,13 +94,9 @@ def vocabulary_hash(tokens: Iterable[str]) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; `WrongInput` where there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WrongInput(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise WrongInput(f"{path}: found {type(value).__name__}, expected a JSON object")
-    return value
+    with reading(path):
+        raw = path.read_bytes()
+    return json_object(str(path), raw)
 
 
 # --- what kind of tokenizer it is ---
@@ -115,8 +112,8 @@ def _require_byte_level_bpe(raw: Mapping[str, Any], path: Path) -> None:
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict) or model.get("type", "BPE") != "BPE":
         kind = model.get("type", "without a type") if isinstance(model, dict) else "missing"
         raise WrongInput(f"{path}: model: found {kind}, expected a BPE with a vocab; {ADVICE}")
-    if not model.get("merges"):
-        raise WrongInput(f"{path}: model.merges: missing or empty, expected the merges of a BPE; {ADVICE}")
+    if not isinstance(model.get("merges"), list) or not model["merges"]:
+        raise WrongInput(f"{path}: model.merges: missing, empty or no list, expected the merges of a BPE; {ADVICE}")
     for key in ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             raise WrongInput(f"{path}: model.{key}: found {model[key]!r}, expected a byte-level BPE; {ADVICE}")
@@ -172,7 +169,8 @@ def _added_tokens(raw: Mapping[str, Any], config: Mapping[str, Any], path: Path)
 def _named_tokens(config: Mapping[str, Any]) -> list[str]:
     """The texts tokenizer_config.json gives a role (eos_token ...), which makes them special in transformers."""
     values = [config.get(f"{role}_token") for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
-    values += config.get("additional_special_tokens") or ()
+    more = config.get("additional_special_tokens")
+    values += more if isinstance(more, list) else []
     texts = [value.get("content") if isinstance(value, dict) else value for value in values]
     return [text for text in texts if isinstance(text, str)]
 

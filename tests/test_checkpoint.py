@@ -319,7 +319,7 @@ WRONG_PLACES: list[tuple[str, Callable[[Path], Path], list[str]]] = [
     ("nothing at all", lambda tmp: folder_of(tmp), ["looked for *.safetensors.index.json", "found none"]),
     ("two sub-folders", two_sub_folders, ["eagle, mtp"]),
     ("same tensor twice", lambda t: folder_of(t, a=ONE, b=ONE), ["b.safetensors: tensor 'x'", "only in a.safetensors"]),
-    ("no such path", lambda tmp: tmp / "nowhere", ["nowhere", "existing folder"]),
+    ("no such path", lambda tmp: tmp / "nowhere", ["nowhere", "there is nothing of this name"]),
     ("no such file", lambda tmp: tmp / "n.safetensors", ["n.safetensors"]),
     ("a pickle as source", lambda tmp: pickles_only(tmp) / "draft.pt", ["pickle files are never opened"]),
     ("no config", no_config, ["config.json: not found"]),

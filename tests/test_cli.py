@@ -334,3 +334,47 @@ def test_kinds_that_are_not_converted_are_refused_by_name(tmp_path: Path, conver
     assert (
         "the tensors are those of DSpark, which is not converted yet" in convert(source, tmp_path / "o", code=3).stderr
     )
+
+
+@pytest.mark.parametrize("value", ["x=" + "[" * 50_000, "x=" + "1" * 5000], ids=["deep", "long"])
+def test_a_setting_nobody_can_read_is_wrong_usage(tmp_path: Path, value: str, run: Run) -> None:
+    assert "--set x" in run("inspect", small_checkpoint(tmp_path / "d"), "--set", value, code=2).stderr
+
+
+def test_control_characters_do_not_reach_the_terminal(tmp_path: Path, convert: Run) -> None:
+    shapes = dflash_shapes(small_config()) | {"x\x1b[2J\rerror": (4,)}
+    source = write_checkpoint(tmp_path / "drafter", small_config(), random_tensors(shapes))
+    done = convert(source, tmp_path / "o.gguf", code=3)
+    assert "\x1b" not in done.stderr and "\r" not in done.stderr
+    assert r"x\x1b[2J\rerror" in done.stderr
+
+
+def test_names_are_taken_in_any_case(tmp_path: Path, run: Run) -> None:
+    source = small_checkpoint(tmp_path / "drafter")
+    run("convert", source, "--for", "LuceBox", "--quant", "q8_0", "-o", tmp_path / "o.gguf", "--dry-run")
+
+
+@pytest.mark.parametrize(
+    ("source", "fragment"),
+    [("z-lab/Qwen3.6-27B-DFlash", "hf download z-lab/Qwen3.6-27B-DFlash"), ("a.gguf", "is a GGUF already")],
+)
+def test_a_source_of_another_sort_gets_its_own_advice(
+    tmp_path: Path, source: str, fragment: str, convert: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    assert fragment in convert(source, tmp_path / "o.gguf", code=3).stderr
+
+
+def test_a_terminated_run_leaves_nothing(tmp_path: Path) -> None:
+    """SIGTERM ends a run as cleanly as Ctrl-C."""
+    slow = "import time, convert_drafter.converters.cli as c; f = c.write_conversion\n"
+    slow += "c.write_conversion = lambda v, a: f(v, lambda n: (print('writing', flush=True), time.sleep(0.05)))\n"
+    arguments = ["convert", str(small_checkpoint(tmp_path / "d")), "--for", "lucebox", "--quant", "F32"]
+    code = f"{slow}c.main({[*arguments, '-o', str(tmp_path / 'out.gguf')]!r})"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=-1, stderr=-1)
+    assert process.stdout is not None and process.stdout.readline() == b"writing\n"
+    process.terminate()
+    _, errors = process.communicate(timeout=30)
+    assert errors.strip() == b"error: interrupted; nothing was left behind"
+    assert not list(tmp_path.glob("out*"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -603,3 +604,83 @@ def test_speed_of_a_plan_does_not_depend_on_data(tmp_path: Path) -> None:
     conversion = prepare(job(source, tmp_path / "out.gguf"))
     assert conversion.plan.n_weights * 2 == offset > 1 << 30
     assert time.process_time() - start < 60  # a hang, not a measurement
+
+
+# --- what a hostile user found ---
+
+
+def test_a_device_or_pipe_is_no_destination(source: Path, tmp_path: Path) -> None:
+    """`-o /dev/null` as root replaced the device by a file."""
+    os.mkfifo(tmp_path / "pipe.gguf")
+    with pytest.raises(WrongUsage, match="is a device or a pipe"):
+        prepare(job(source, tmp_path / "pipe.gguf"))
+
+
+def test_a_partial_file_that_another_run_took_over_is_left_alone(source: Path, tmp_path: Path) -> None:
+    """Between opening and renaming, the name may come to stand for another run's file."""
+    out = tmp_path / "out.gguf"
+    partial = tmp_path / "out.gguf.partial"
+    taken = []
+
+    def take_over(n: int) -> None:
+        if not taken:
+            partial.unlink()
+            partial.write_bytes(b"another run's")
+            taken.append(n)
+
+    with pytest.raises(WrongInput, match="another run is writing it"):
+        convert(job(source, out), take_over)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragment"),
+    [
+        ({"block_size": 2**33}, "block_size = 8589934592: does not fit"),
+        ({"rms_norm_eps": 1e-60}, "norm_epsilon = 1e-60: does not fit"),
+        ({"rope_parameters.rope_theta": 1e300}, "rope.theta = 1e+300: does not fit"),
+        ({"vocab_size": 200_000_000}, "expected at most 16777216"),
+    ],
+)
+def test_numbers_no_key_can_hold_are_refused_by_the_plan(
+    tmp_path: Path, changes: dict[str, Any], fragment: str
+) -> None:
+    with pytest.raises(DrafterError, match=fragment.replace("+", r"\+")):
+        prepare(job(small_checkpoint(tmp_path / "drafter", **changes), tmp_path / "o.gguf"))
+
+
+def test_the_user_settles_where_two_places_disagree(tmp_path: Path) -> None:
+    source = small_checkpoint(tmp_path / "drafter", **{"dflash_config.block_size": 4})
+    with pytest.raises(WrongInput, match="two places disagree"):
+        prepare(job(source, tmp_path / "o.gguf"))
+    settled = prepare(job(source, tmp_path / "o.gguf", settings={"block_size": "16"}))
+    assert settled.published.spec.block_size == 16
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "config.json"])
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"\\ud800": 1}', "", "{", "7"])
+def test_a_target_s_broken_json_is_one_message(
+    source: Path, target: Path, tmp_path: Path, name: str, text: str
+) -> None:
+    (target / name).write_text(text)
+    with pytest.raises(WrongInput, match=r"target"):
+        prepare(job(source, tmp_path / "o.gguf", target, runtime="llama.cpp"))
+
+
+def test_merges_that_are_no_list_are_refused(source: Path, target: Path, tmp_path: Path) -> None:
+    """llama-server finds no merges in such a file and stops."""
+    tokenizer = json.loads((target / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = "abc"
+    (target / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(WrongInput, match=r"model\.merges"):
+        prepare(job(source, tmp_path / "o.gguf", target, runtime="llama.cpp"))
+
+
+def test_an_odd_tensor_name_can_be_left_out_as_the_message_says(tmp_path: Path) -> None:
+    config = small_config()
+    odd = random_tensors(dflash_shapes(config) | {"a[0]'s": (4,)})
+    source = write_checkpoint(tmp_path / "drafter", config, odd)
+    with pytest.raises(Problems) as caught:
+        prepare(job(source, tmp_path / "o.gguf"))
+    option = shlex.split(str(caught.value).split("leave it out with ")[1])
+    assert prepare(job(source, tmp_path / "o.gguf", ignore=(option[1],))).plan.dropped[0].source == "a[0]'s"

@@ -139,3 +139,31 @@ def test_a_published_config_is_shown_with_its_places(tmp_path: Path) -> None:
     found = inspect(small_checkpoint(tmp_path / "d", rope_parameters=published["rope_parameters"]))
     theta = next(fact for fact in found.facts if fact.name == "rope.theta")
     assert (theta.value, theta.origin) == (1e7, "rope_parameters.rope_theta")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "fragment"),
+    [
+        ("dflash.embedding_length", 512, "found shape"),
+        ("dflash.attention.head_count_kv", 0, "expected a number above 0"),
+        ("dflash.block_count", 2**32 - 1, "expected one entry for each of 4294967295 layers"),
+        ("dflash.target_layers", (0, 1, 3), "dflash.target_layers: found (-1, 0, 2)"),
+        ("dflash.rope.freq_base", -1.0, "dflash.rope.freq_base: found -1.0"),
+        ("dflash.target_layers", (99, 98, 97), "below the target's depth"),
+    ],
+)
+def test_values_that_a_loader_chokes_on_are_named(
+    good: Callable[[str], Path], key: str, value: Any, fragment: str
+) -> None:
+    """Each of these makes llama-server refuse the file or stop at an assertion."""
+    found = inspect(spoiled(good("llama.cpp"), lambda keys, _: keys.update({key: replace(keys[key], value=value)})))
+    assert fragment in found.runtimes["llama.cpp"]
+
+
+def test_a_theta_that_is_no_number_is_refused(good: Callable[[str], Path]) -> None:
+    path = good("llama.cpp")
+    data = path.read_bytes()
+    at = data.index(b"dflash.rope.freq_base") + len(b"dflash.rope.freq_base") + 4
+    path.write_bytes(data[:at] + b"\0\0\xc0\x7f" + data[at + 4 :])
+    with pytest.raises(WrongInput, match=r"freq_base: found nan, expected a finite number"):
+        inspect(path)

@@ -180,7 +180,20 @@ def objections(cell: Cell, spec: DrafterSpec, architecture: str | None = None) -
         broken.append(
             f"capture_layers: the last layer is captured; {cell.runtime} has no state after it ({architecture})"
         )
-    return lost + broken
+    return lost + broken + _unstorable(cell, facts)
+
+
+def _unstorable(cell: Cell, facts: Facts) -> list[str]:
+    """Facts whose number its key cannot hold."""
+    out = []
+    for row in cell.rows:
+        value = row.codec.encode(facts[row.field], facts) if row.field in facts else None
+        with np.errstate(over="ignore", under="ignore"):
+            if row.type == U32 and isinstance(value, int) and not 0 <= value < 2**32:
+                out.append(f"{row.field} = {value}: does not fit an unsigned 32-bit key")
+            elif row.type == F32 and value and not 0 < abs(np.float32(value)) < np.inf:
+                out.append(f"{row.field} = {value:g}: does not fit a 32-bit float key")
+    return sorted(set(out))
 
 
 def doubts(cell: Cell, spec: DrafterSpec, architecture: str | None = None) -> list[str]:
@@ -233,6 +246,8 @@ def _stored(entry: KeyValue, row: Row, name: str) -> Any:
         found = entry.type.name if entry.element is None else f"array of {entry.element.name}"
         expected = row.type.name if row.element is None else f"array of {row.element.name}"
         raise WrongInput(f"{name}: found {found}, expected {expected}")
+    if row.type == F32 and not np.isfinite(entry.value):
+        raise WrongInput(f"{name}: found {entry.value}, expected a finite number")
     # the shortest decimal with these 24 bits: 1e-06 comes back as 1e-06
     return float(str(np.float32(entry.value))) if row.type == F32 else entry.value  # type: ignore[arg-type]
 
