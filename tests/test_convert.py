@@ -10,7 +10,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -510,6 +513,30 @@ def test_a_folder_is_no_destination(source: Path, tmp_path: Path) -> None:
 def test_a_missing_folder_is_named(source: Path, tmp_path: Path) -> None:
     with pytest.raises(WrongInput, match="nowhere"):
         convert(job(source, tmp_path / "nowhere" / "out.gguf"))
+
+
+@contextmanager
+def unprivileged() -> Iterator[None]:
+    """Without root's right to write everywhere, where the tests run as root."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+def test_a_read_only_folder_is_named() -> None:
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to other users
+        folder = Path(name)
+        folder.chmod(0o755)
+        source = small_checkpoint(folder / "drafter")
+        (folder / "locked").mkdir(mode=0o555)
+        with unprivileged(), pytest.raises(WrongInput, match="locked.*Permission denied"):
+            convert(job(source, folder / "locked" / "out.gguf"))
+        assert not list((folder / "locked").iterdir())
 
 
 def test_an_old_file_survives_a_failed_run(tmp_path: Path) -> None:
