@@ -534,7 +534,7 @@ def test_a_read_only_folder_is_named() -> None:
         folder.chmod(0o755)
         source = small_checkpoint(folder / "drafter")
         (folder / "locked").mkdir(mode=0o555)
-        with unprivileged(), pytest.raises(WrongInput, match="locked.*Permission denied"):
+        with unprivileged(), pytest.raises(WrongInput, match=r"locked.*Permission denied"):
             convert(job(source, folder / "locked" / "out.gguf"))
         assert not list((folder / "locked").iterdir())
 
