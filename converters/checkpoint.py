@@ -123,9 +123,14 @@ def read_rows(tensor: TensorHeader, start: int, stop: int) -> Array:
 
 def slabs(tensor: TensorHeader, max_bytes: int = SLAB_BYTES) -> Iterator[Array]:
     """All rows of a tensor in order, as many at a time as fit `max_bytes`, at least one."""
-    step = max(1, max_bytes // max(1, tensor.row_bytes))
-    for start in range(0, tensor.rows, step):
-        yield read_rows(tensor, start, min(start + step, tensor.rows))
+    for start, stop in row_ranges(tensor, max_bytes):
+        yield read_rows(tensor, start, stop)
+
+
+def row_ranges(tensor: TensorHeader, max_bytes: int, together: int = 1) -> Iterator[tuple[int, int]]:
+    """(start, stop) of slabs of rows that fit `max_bytes`; `together` rows are never parted, however large."""
+    step = max(together, max_bytes // max(1, tensor.row_bytes) // together * together)
+    return ((start, min(start + step, tensor.rows)) for start in range(0, tensor.rows, step))
 
 
 def _find_weights(source: Path) -> tuple[Path, tuple[Path, ...], dict[str, str] | None]:
@@ -146,19 +151,14 @@ def _find_weights(source: Path) -> tuple[Path, tuple[Path, ...], dict[str, str] 
 
 def _no_source(source: Path) -> str:
     """Why this is no checkpoint, and what to give."""
+    wanted = f"expected a checkpoint's folder or its {WEIGHTS} file"
     if not source.exists():
-        hub = (
-            f"; to fetch it from the hub: hf download {source} --local-dir FOLDER"
-            if source.as_posix().count("/") == 1
-            else ""
-        )
-        return f"there is nothing of this name; expected a checkpoint's folder or its {WEIGHTS} file{hub}"
+        fetch = f"; to fetch it from the hub: hf download {source} --local-dir FOLDER"
+        return f"there is nothing of this name; {wanted}{fetch if source.as_posix().count('/') == 1 else ''}"
     if source.suffix == ".gguf":
         return "is a GGUF already; expected the published checkpoint, a folder with config.json and safetensors"
     pickle = f" ({NO_PICKLE})" if source.suffix in PICKLES else ""
-    return (
-        f"expected a checkpoint's folder or its {WEIGHTS} file{pickle}; for a file beside config.json give the folder"
-    )
+    return f"{wanted}{pickle}; for a file beside config.json give the folder"
 
 
 def _weights_in(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,14 +11,21 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
 
 from convert_drafter.converters import provenance
-from convert_drafter.converters.checkpoint import Checkpoint, TensorHeader, open_checkpoint, read_rows
+from convert_drafter.converters.checkpoint import (
+    DTYPES,
+    Checkpoint,
+    TensorHeader,
+    open_checkpoint,
+    read_rows,
+    row_ranges,
+)
 from convert_drafter.converters.config import ConfigReader
 from convert_drafter.converters.dialects import Cell, doubts, find_cell, objections, write
 from convert_drafter.converters.drafters import Kind, detect
 from convert_drafter.converters.errors import BadFact, Problems, WrongInput, WrongUsage
 from convert_drafter.converters.gguf_file import KeyValue, StoredTensor, partial_name, write_gguf
 from convert_drafter.converters.ops import Array
-from convert_drafter.converters.plan import Plan, PlannedTensor, match_tensors, plan_tensors
+from convert_drafter.converters.plan import Matcher, Plan, PlannedTensor, match_tensors, plan_tensors
 from convert_drafter.converters.recipes import RECIPES, Recipe
 from convert_drafter.converters.spec import DrafterSpec
 from convert_drafter.converters.target import Target, read_target, target_tokenizer
@@ -54,6 +61,11 @@ class Published:
     reader: ConfigReader
     spec: DrafterSpec
     target: Target | None
+
+    def match(self, ignore: Sequence[str] = ()) -> Matcher:
+        """Every tensor's place, with what does not fit; `ignore` are glob patterns of tensors to leave out."""
+        rules, dropped = self.kind.rules(self.reader), self.kind.dropped(self.reader)
+        return match_tensors(self.spec, rules, dropped, self.checkpoint.tensors, ignore)
 
 
 @dataclass(frozen=True)
@@ -103,10 +115,10 @@ def prepare(job: ConvertJob) -> Conversion:
     """Decide everything about a conversion from headers alone. Raises with every problem; writes nothing."""
     recipe = find_recipe(job.recipe)
     published = read_published(job.source, job.target, job.settings)
-    kind, reader, spec, checkpoint = published.kind, published.reader, published.spec, published.checkpoint
-    cell = find_cell(kind.name, job.runtime)
+    reader, spec, checkpoint = published.reader, published.spec, published.checkpoint
+    cell = find_cell(published.kind.name, job.runtime)
     refuse_overwriting(job.out, sources_of(job, checkpoint))
-    matcher = match_tensors(spec, kind.rules(reader), kind.dropped(reader), checkpoint.tensors, job.ignore)
+    matcher = published.match(job.ignore)
     plan = plan_tensors(matcher, recipe, cell.tensor_name, cell.runtime, cell.needs)
     target, architecture = published.target, published.target.architecture if published.target else None
     problems = [*matcher.problems, *objections(cell, spec, architecture), *_mispairing(spec, target)]
@@ -146,20 +158,12 @@ def write_conversion(conversion: Conversion, advance: Callable[[int], None] = la
 def encoded(tensor: PlannedTensor, head_dim: int) -> Iterator[Array]:
     """The bytes of one output tensor, a slab of rows at a time."""
     header, kind = tensor.header, tensor.choice.type
-    for start, stop in _slabs(header, head_dim if tensor.op.by_head else 1):
+    max_bytes = SLAB_WEIGHTS * DTYPES[header.dtype].itemsize
+    for start, stop in row_ranges(header, max_bytes, head_dim if tensor.op.by_head else 1):
         rows = tensor.op.apply(read_rows(header, start, stop), head_dim)
         weights = dequantize(rows.view(np.uint8), TYPES[header.dtype], rows.shape)
         check_range(weights, kind, header, start)
         yield rows if header.dtype == kind.name else quantize(weights, kind)  # the same numbers are copied as they are
-
-
-def _slabs(header: TensorHeader, multiple: int) -> Iterator[tuple[int, int]]:
-    """Row ranges of about SLAB_WEIGHTS weights that keep `multiple` rows together."""
-    rows = header.shape[0]
-    row = max(1, int(np.prod(header.shape[1:])))
-    step = max(multiple, SLAB_WEIGHTS // row // multiple * multiple)
-    for start in range(0, rows, step):
-        yield start, min(start + step, rows)
 
 
 def check_range(weights: F32Array, kind: QuantType, header: TensorHeader, first: int) -> None:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from convert_drafter.converters.config import ConfigReader
 from convert_drafter.converters.convert import Published, read_published
 from convert_drafter.converters.dialects import CELLS, Cell, cell_of_arch, objections, read
 from convert_drafter.converters.dialects.cell import OWN_ROWS
-from convert_drafter.converters.drafters import KINDS
+from convert_drafter.converters.drafters import rules_of
 from convert_drafter.converters.errors import BadFact, WrongInput
 from convert_drafter.converters.gguf_file import file_access
 from convert_drafter.converters.gguf_read import GGUFFile, read_gguf
-from convert_drafter.converters.plan import match_tensors, plan_tensors
+from convert_drafter.converters.plan import plan_tensors
 from convert_drafter.converters.recipes import RECIPES
 from convert_drafter.converters.spec import REQUIRED, DrafterSpec, facts_of, spec_from
 
@@ -90,10 +89,9 @@ def inspect_checkpoint(path: Path, settings: Mapping[str, str] | None = None) ->
 
 def _refusals(published: Published, cell: Cell) -> list[str]:
     """Why this runtime could not run the checkpoint: tensors and facts, as a conversion would say it."""
-    kind, reader, spec = published.kind, published.reader, published.spec
-    matcher = match_tensors(spec, kind.rules(reader), kind.dropped(reader), published.checkpoint.tensors)
+    matcher = published.match()
     plan_tensors(matcher, RECIPES["F32"], cell.tensor_name, cell.runtime, cell.needs)
-    return [*matcher.problems, *objections(cell, spec)]
+    return [*matcher.problems, *objections(cell, published.spec)]
 
 
 def inspect_gguf(path: Path) -> Inspection:
@@ -102,24 +100,30 @@ def inspect_gguf(path: Path) -> Inspection:
     if entry is None:
         raise WrongInput(f"{path}: general.architecture: missing, expected the architecture every runtime asks for")
     cell = cell_of_arch(str(entry.value))
-    facts = () if cell is None else tuple(_facts(cell, file, path))
+    values = {} if cell is None else _read_facts(cell, file)
+    facts = () if cell is None else tuple(_facts(cell, file, values))
     kind = "unknown" if cell is None else cell.kind
     tensors = tuple(TensorLine(t.name, t.shape, t.type.name, t.n_bytes) for t in file.tensors.values())
-    runtimes = {} if cell is None else {cell.runtime: "; ".join(_faults(cell, file))}
+    runtimes = {} if cell is None else {cell.runtime: "; ".join(_faults(cell, file, values))}
     keys = {key: _short(kv.value) for key, kv in file.keys.items()}
     return Inspection(path, f"GGUF ({entry.value})", kind, facts, tensors, runtimes, (), keys)
 
 
-def _faults(cell: Cell, file: GGUFFile) -> list[str]:
+def _read_facts(cell: Cell, file: GGUFFile) -> dict[str, Any]:
+    try:
+        return {"kind": cell.kind} | read(cell, file.keys)
+    except WrongInput as error:
+        raise WrongInput(f"{file.path}: {error}") from error
+
+
+def _faults(cell: Cell, file: GGUFFile, facts: Mapping[str, Any]) -> list[str]:
     """Keys and tensors that this runtime's loader misses or does not know."""
-    facts = read(cell, file.keys)
     keys = {row.field: row.key.format(a=cell.arch) for row in reversed(cell.rows)}
     missing = [f"{keys[name]}: missing" for name in sorted(REQUIRED & set(keys) - set(facts))]
-    facts.setdefault("kind", cell.kind)
     if missing:
         return missing
-    try:
-        spec = spec_from({"target_layer_count": max(facts["capture_layers"]) + 1, "target_hidden_size": 1} | facts)
+    try:  # only our own files tell the target's depth; any that has the captured layers will do
+        spec = spec_from({"target_layer_count": max(facts["capture_layers"], default=0) + 1, **facts})
     except BadFact as bad:
         return [f"{keys.get(bad.field, bad.field)}: found {bad.found!r}, expected {bad.expected}"]
     if spec.layer_count > len(file.tensors):
@@ -128,11 +132,7 @@ def _faults(cell: Cell, file: GGUFFile) -> list[str]:
 
 
 def _tensor_faults(cell: Cell, spec: DrafterSpec, file: GGUFFile) -> list[str]:
-    known = {
-        cell.tensor_name((rule.role, layer)): rule
-        for rule in KINDS[cell.kind].rules(ConfigReader({}, ""))
-        for layer in (range(spec.layer_count) if rule.role.per_layer else [None])
-    }
+    known = {cell.tensor_name(key): rule for rule in rules_of(cell.kind) for key in rule.keys(spec)}
     absent = [f"{name}: missing" for name, rule in known.items() if not rule.optional and name not in file.tensors]
     unknown = [f"{name}: unknown tensor" for name in file.tensors if name not in known]
     misshaped = [
@@ -143,17 +143,12 @@ def _tensor_faults(cell: Cell, spec: DrafterSpec, file: GGUFFile) -> list[str]:
     return [*absent, *unknown, *misshaped]
 
 
-def _facts(cell: Cell, file: GGUFFile, path: Path) -> list[Fact]:
-    try:
-        values = read(cell, file.keys)
-    except WrongInput as error:
-        raise WrongInput(f"{path}: {error}") from error
-    origins = {row.field: row.key.format(a=cell.arch) for row in reversed((*cell.rows, *OWN_ROWS))}
-    return [
-        Fact(name, value, origins.get(name, f"fixed by {cell.runtime}"))
-        for name, value in values.items()
-        if name != "kind"
-    ]
+def _facts(cell: Cell, file: GGUFFile, values: Mapping[str, Any]) -> Iterator[Fact]:
+    keys = ((row.field, row.key.format(a=cell.arch)) for row in reversed((*cell.rows, *OWN_ROWS)))
+    origins = {field: key for field, key in keys if key in file.keys}
+    for name, value in values.items():
+        if name != "kind":
+            yield Fact(name, value, origins.get(name, f"no key: what {cell.runtime} takes"))
 
 
 def _short(value: Any) -> Any:

@@ -10,7 +10,7 @@ import glob
 import math
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -51,6 +51,14 @@ class TensorRule:
 
     def expected_shape(self, spec: DrafterSpec) -> tuple[int, ...]:
         return tuple(DIMENSIONS[name](spec) for name in self.shape)
+
+    def keys(self, spec: DrafterSpec) -> Iterator[TensorKey]:
+        """The tensors of this rule: one for each layer, or the one that the drafter has once."""
+        layers: Sequence[int | None] = range(spec.layer_count) if self.role.per_layer else [None]
+        return ((self.role, layer) for layer in layers)
+
+    def source_name(self, key: TensorKey) -> str:
+        return self.source.replace("{i}", str(key[1]))
 
 
 @dataclass(frozen=True)
@@ -158,12 +166,10 @@ class Matcher:
         present = {role for role, _ in self.matches}
         needed = [rule for rule in self.rules if not rule.optional or rule.required_with in present]
         required = {rule.role: rule for rule in reversed(needed)}  # by its first spelling
-        for role, rule in reversed(required.items()):
-            layers: Sequence[int | None] = range(self.spec.layer_count) if role.per_layer else [None]
-            for layer in layers:
-                if (role, layer) not in self.matches:
-                    name = rule.source.replace("{i}", str(layer))
-                    self.problems.append(f"{name}: missing ({describe((role, layer))})")
+        for rule in reversed(required.values()):
+            for key in rule.keys(self.spec):
+                if key not in self.matches:
+                    self.problems.append(f"{rule.source_name(key)}: missing ({describe(key)})")
 
 
 def match_tensors(

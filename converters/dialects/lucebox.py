@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from convert_drafter.converters.dialects.cell import (
     ARRAY,
+    BIDIRECTIONAL,
     I32,
     PLAIN_SECTIONS,
+    SAME_WIDTH,
     SHARED_ROWS,
     SLIDING_NOTE,
     U32,
+    WHOLE_HEADS,
     Cell,
     Count,
-    Implied,
     Limit,
     Note,
     Row,
@@ -50,10 +52,7 @@ DFLASH = Cell(
         Role.ATTN_OUTPUT_BIAS: None,
         Role.ATTN_SINKS: None,
     },
-    implied=(
-        Implied("causal", lambda facts: False),
-        Implied("rope.dimensions", lambda facts: facts.get("head_dim")),
-    ),
+    implied=(BIDIRECTIONAL, WHOLE_HEADS, SAME_WIDTH),
     harmless=PLAIN_SECTIONS,
     limits=(
         Limit(

@@ -14,6 +14,7 @@ from convert_drafter.converters.config import ConfigReader, lookup
 from convert_drafter.converters.drafters.dflash import DFLASH
 from convert_drafter.converters.drafters.kind import Headers, Kind
 from convert_drafter.converters.errors import WrongInput
+from convert_drafter.converters.plan import TensorRule
 
 KINDS: dict[str, Kind] = {kind.name: kind for kind in (DFLASH,)}
 
@@ -38,6 +39,11 @@ SIGNATURES = (
     Signature("DFlash with a reduced vocabulary", r"(d2t|t2d)$"),
     Signature("dflash", r"hidden_norm\.weight$"),
 )
+
+
+def rules_of(kind: str) -> tuple[TensorRule, ...]:
+    """The kind's tensors in the hub's own conventions, as a checkpoint without any flags has them."""
+    return KINDS[kind].rules(ConfigReader({}, ""))
 
 
 def detect(reader: ConfigReader, headers: Headers) -> Kind:
@@ -81,4 +87,4 @@ def _refuse_quantized(reader: ConfigReader) -> None:
             raise reader.error(path, f"a quantized checkpoint ({method})", "the unquantized one: it is not read yet")
 
 
-__all__ = ["DFLASH", "KINDS", "SIGNATURES", "Kind", "detect"]
+__all__ = ["DFLASH", "KINDS", "SIGNATURES", "Kind", "detect", "rules_of"]

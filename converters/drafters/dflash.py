@@ -91,8 +91,8 @@ def check_assumptions(reader: ConfigReader) -> None:
     reader.expect("rope_interleave", False, "interleaved rotary pairs are understood as rope_is_neox_style: false")
     for path in ("sample_from_anchor", "dflash_config.sample_from_anchor"):
         reader.expect(path, False, "a DFlash block starts with the anchor, which is not drafted")
-    reader.expect("markov_rank", 0, "a Markov head makes it a DSpark drafter, which is not converted yet")
-    reader.expect("dflash_config.markov_rank", 0, "a Markov head makes it a DSpark drafter, which is not converted yet")
+    for path in ("markov_rank", "dflash_config.markov_rank"):
+        reader.expect(path, 0, "a Markov head makes it a DSpark drafter, which is not converted yet")
 
 
 def refuse_mask_embedding(headers: Headers) -> None:

@@ -11,13 +11,11 @@ import torch
 from numpy.typing import NDArray
 
 from convert_drafter.converters.checkpoint import read_rows
-from convert_drafter.converters.config import ConfigReader
 from convert_drafter.converters.convert import Published
 from convert_drafter.converters.dialects import cell_of_arch, read
-from convert_drafter.converters.drafters import KINDS
+from convert_drafter.converters.drafters import rules_of
 from convert_drafter.converters.errors import Problems, WrongInput
 from convert_drafter.converters.gguf_read import read_gguf
-from convert_drafter.converters.plan import TensorRule, match_tensors
 from convert_drafter.converters.roles import TensorKey
 from convert_drafter.converters.spec import DrafterSpec, spec_from
 from convert_drafter.converters.verify.reference.dflash import DFlash
@@ -28,14 +26,13 @@ Weights = dict[TensorKey, NDArray[np.float32]]
 
 def checkpoint_weights(published: Published) -> Weights:
     """Every tensor of a checkpoint in the hub's conventions. Raises `Problems` where tensors do not fit."""
-    kind, reader, spec = published.kind, published.reader, published.spec
-    matcher = match_tensors(spec, kind.rules(reader), kind.dropped(reader), published.checkpoint.tensors)
+    matcher = published.match()
     if matcher.problems:
         raise Problems(str(published.checkpoint.root), matcher.problems)
     out = {}
     for key, match in matcher.matches.items():
         rows = read_rows(match.header, 0, match.header.rows)
-        out[key] = match.rule.op.apply(rows, spec.head_dim).astype(np.float32)
+        out[key] = match.rule.op.apply(rows, published.spec.head_dim).astype(np.float32)
     return out
 
 
@@ -48,7 +45,7 @@ def gguf_weights(path: Path) -> tuple[DrafterSpec, Weights]:
         raise WrongInput(f"{path}: general.architecture: found {entry and entry.value!r}, expected a drafter's")
     spec = spec_from(read(cell, file.keys))
     weights = {}
-    for key in keys_of(spec, rules_of(spec)):
+    for key in parameter_names(spec):
         stored = file.tensors.get(cell.tensor_name(key) or "")
         if stored is not None:
             data = file.tensor_bytes(stored.name)
@@ -56,23 +53,14 @@ def gguf_weights(path: Path) -> tuple[DrafterSpec, Weights]:
     return spec, weights
 
 
-def rules_of(spec: DrafterSpec) -> tuple[TensorRule, ...]:
-    """The kind's tensors with the checkpoint's names, which are also the reference's parameter names."""
-    return KINDS[spec.kind].rules(ConfigReader({}, ""))
-
-
-def keys_of(spec: DrafterSpec, rules: tuple[TensorRule, ...]) -> dict[TensorKey, str]:
-    """Canonical key -> parameter name, for every layer."""
-    return {
-        (rule.role, layer): rule.source.replace("{i}", str(layer))
-        for rule in rules
-        for layer in (range(spec.layer_count) if rule.role.per_layer else [None])
-    }
+def parameter_names(spec: DrafterSpec) -> dict[TensorKey, str]:
+    """Canonical key -> parameter of the reference, which carries the checkpoint's names."""
+    return {key: rule.source_name(key) for rule in rules_of(spec.kind) for key in rule.keys(spec)}
 
 
 def reference(spec: DrafterSpec, weights: Mapping[TensorKey, NDArray[Any]]) -> DFlash:
     """The torch reference with these weights; a missing or extra parameter is an error of torch's."""
-    names = keys_of(spec, rules_of(spec))
+    names = parameter_names(spec)
     drafter = DFlash(spec)
     drafter.load_state_dict({names[key]: torch.from_numpy(array.copy()) for key, array in weights.items()})
     return drafter.eval()
