@@ -1,9 +1,12 @@
-"""QuantType: one way to store rows of weights, as a structured dtype and two functions on arrays of blocks."""
+"""QuantType: one way to store rows of weights, as a structured dtype and functions on arrays of blocks.
+
+`transcode` walks a tensor in pieces that stay in the cache, each of which any thread may take.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,15 +14,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 F32Array = NDArray[np.float32]
+Bytes = NDArray[np.uint8]
 Blocks = NDArray[Any]  # (n_blocks,) of the type's layout
+Run = Callable[[Callable[[int], Any], Iterable[int]], Iterable[Any]]  # `map`, or an executor's
 
 
 @dataclass(frozen=True)
 class QuantType:
     """A ggml storage type: `block` weights become one item of `layout`.
 
-    `encode` maps (n_blocks, block) f32 to (n_blocks,) layout, `decode` the other way. `ggml_id` is the number of
-    `enum ggml_type` in ggml.h, which GGUF files carry.
+    `encode` maps (n_blocks, block) f32 to (n_blocks,) layout, `decode` the other way. `encode_weighted` maps whole rows
+    (n_rows, row) f32 and the importance of their columns (row,) f32 to (n_rows * row / block,) layout; it is None where
+    ggml ignores importance too. `ggml_id` is the number of `enum ggml_type` in ggml.h, which GGUF files carry. `chunk`
+    weights are encoded at a time.
     """
 
     name: str
@@ -29,6 +36,8 @@ class QuantType:
     encode: Callable[[F32Array], Blocks]
     decode: Callable[[Blocks], F32Array]
     largest: float  # magnitude up to which a weight can be stored; more would become an infinity
+    encode_weighted: Callable[[F32Array, F32Array], Blocks] | None = None
+    chunk: int = 65_536  # 256 KiB of f32 stay in the cache of every core we know
 
     @property
     def bits_per_weight(self) -> float:
@@ -41,21 +50,67 @@ class QuantType:
         return math.prod(shape) // self.block * self.layout.itemsize
 
 
-# Weights encoded at a time: 256 KiB of f32 stay in the cache of every core we know.
-CHUNK = 65_536
+class OutOfRange(ValueError):
+    """A weight is NaN, infinite or too large for the type; `index` counts weights from the tensor's first."""
+
+    def __init__(self, value: float, index: int, largest: float) -> None:
+        super().__init__(f"weight {index}: found {value:g}, expected a finite number up to {largest:g}")
+        self.value, self.index, self.largest = value, index, largest
 
 
-def quantize(rows: F32Array, kind: QuantType) -> NDArray[np.uint8]:
-    """Encode f32 rows (..., row) to the bytes of a GGUF tensor. Raises ValueError where a row is no whole blocks."""
-    kind.n_bytes(rows.shape)
-    blocks = np.ascontiguousarray(rows, dtype=np.float32).reshape(-1, kind.block)
-    out = np.empty(len(blocks), dtype=kind.layout)
-    step = max(1, CHUNK // kind.block)
-    for start in range(0, len(blocks), step):
-        out[start : start + step] = kind.encode(blocks[start : start + step])
+def check_range(weights: F32Array, kind: QuantType, first: int = 0) -> None:
+    """Raise `OutOfRange` for the first weight that `kind` cannot store; `first` is the index of weights[0]."""
+    if max(weights.max(initial=0), -weights.min(initial=0)) <= kind.largest:  # False for NaN
+        return
+    flat = weights.reshape(-1)
+    index = int(np.argmin(np.abs(flat) <= kind.largest))
+    raise OutOfRange(float(flat[index]), first + index, kind.largest)
+
+
+def quantize(rows: F32Array, kind: QuantType, importance: F32Array | None = None, run: Run = map) -> Bytes:
+    """Encode f32 rows (..., row) to the bytes of a GGUF tensor, as ggml's `ggml_quantize_chunk` does.
+
+    `importance` (row,) weighs the columns' errors. Raises ValueError where a row is no whole blocks, `OutOfRange`.
+    """
+    rows = np.ascontiguousarray(rows, dtype=np.float32)
+    return transcode(rows.reshape(-1).view(np.uint8), F32, kind, rows.shape, importance, run)
+
+
+def dequantize(data: Bytes, kind: QuantType, shape: Sequence[int]) -> F32Array:
+    """Decode the bytes of a GGUF tensor to f32 of `shape` (torch order)."""
+    return kind.decode(np.ascontiguousarray(data).reshape(-1).view(kind.layout)).reshape(shape)
+
+
+def transcode(
+    data: Bytes,
+    source: QuantType,
+    kind: QuantType,
+    shape: Sequence[int],
+    importance: F32Array | None = None,
+    run: Run = map,
+) -> Bytes:
+    """From the bytes of one type to those of another, a chunk at a time; `run` may hand chunks to threads.
+
+    `shape` is in torch order. Raises ValueError where a row is no whole blocks, `OutOfRange`.
+    """
+    out = np.empty(kind.n_bytes(shape), np.uint8).view(kind.layout)
+    blocks, row, total = data.view(source.layout), shape[-1], math.prod(shape)
+    weighted = kind.encode_weighted if importance is not None else None
+    step = max(1, kind.chunk // row) * row if weighted else kind.chunk
+
+    def encode(start: int) -> None:
+        stop = min(start + step, total)
+        weights = source.decode(blocks[start // source.block : stop // source.block])
+        check_range(weights, kind, start)
+        place = slice(start // kind.block, stop // kind.block)
+        if weighted is not None and importance is not None:
+            out[place] = weighted(weights.reshape(-1, row), importance)
+        else:
+            out[place] = kind.encode(weights.reshape(-1, kind.block))
+
+    for _ in run(encode, range(0, total, step)):
+        pass  # an executor's map raises here what a chunk raised
     return out.view(np.uint8)
 
 
-def dequantize(data: NDArray[np.uint8], kind: QuantType, shape: Sequence[int]) -> F32Array:
-    """Decode the bytes of a GGUF tensor to f32 of `shape` (torch order)."""
-    return kind.decode(np.ascontiguousarray(data).reshape(-1).view(kind.layout)).reshape(shape)
+F32 = QuantType("F32", 0, 1, np.dtype("<f4"), lambda b: b[:, 0], lambda b: b[:, None], float(np.finfo(np.float32).max))

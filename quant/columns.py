@@ -1,0 +1,105 @@
+"""Blocks as columns: (block, n) arrays whose sums over axis 0 run in index order, as ggml's loops do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from convert_drafter.quant.base import F32Array
+from convert_drafter.quant.scratch import scratch
+
+SUPER = 256  # weights of a super-block, QK_K in ggml-common.h
+NEAREST_LIMIT = np.float32(4194303)  # magnitude up to which `nearest_int` is plain rounding
+
+
+def columns(rows: F32Array, block: int, name: str) -> F32Array:
+    """(..., k * block) f32 -> (block, n) f32, a scratch array of the caller's name."""
+    blocks = rows.reshape(-1, block)
+    out = scratch(name, blocks.shape[::-1])
+    np.copyto(out, blocks.T)
+    return out
+
+
+def nearest_int(values: F32Array) -> NDArray[np.int32]:
+    """ggml's rounding to integers, also where its trick with the mantissa gives odd ones: beyond 2^22, inf, NaN."""
+    bits: NDArray[np.int32] = (values + np.float32(12582912)).view(np.int32)
+    return (bits & 0x7FFFFF) - 0x400000
+
+
+def _einsum_is_exact() -> bool:
+    """Whether einsum multiplies and adds in index order and without fused steps, as SSE2 builds of numpy do."""
+    numbers = np.random.default_rng(0).standard_normal((2, 32, 1024), dtype=np.float32)
+    found = np.einsum("ij,ij->j", *numbers)
+    return bool(np.array_equal(found, np.add.reduce(numbers[0] * numbers[1], axis=0)))
+
+
+EINSUM_IS_EXACT = _einsum_is_exact()
+
+
+def column_sums(a: F32Array) -> F32Array:
+    """Sum of each column in index order, (block, n) f32 C-contiguous -> (n,) f32."""
+    if a.shape[1] == 1:  # numpy would see one contiguous row, which it sums pairwise
+        return np.asarray(np.add.accumulate(a, axis=0)[-1])
+    return np.asarray(np.add.reduce(a, axis=0))
+
+
+def take_columns(a: NDArray[Any], places: NDArray[np.intp]) -> NDArray[Any]:
+    """Some columns, C-contiguous: indexing with a list would give an array in the other order."""
+    return np.take(a, places, axis=1)
+
+
+def dots(a: F32Array, b: F32Array) -> F32Array:
+    """Dot product of each column of a with that of b, (block, n) f32 twice -> (n,) f32, as a loop of C computes it."""
+    if EINSUM_IS_EXACT and a.shape[1] > 1:  # one pass over the data instead of two
+        return np.asarray(np.einsum("ij,ij->j", a, b))
+    return column_sums(np.multiply(a, b, out=scratch("dots.product", a.shape)))
+
+
+def super_sums(blocks: F32Array) -> F32Array:
+    """Sum of squares of each super-block in index order: (n, 256) f32 -> (n,) f32."""
+    squares = columns(blocks, SUPER, "super_sums.squares")
+    return column_sums(np.square(squares, out=squares))
+
+
+@contextmanager
+def as_c() -> Iterator[None]:
+    """C's float arithmetic: no warnings; and no copies of broadcast values (numpy makes them in shorter rows)."""
+    size = np.setbufsize(512)
+    try:
+        with np.errstate(all="ignore"):
+            yield
+    finally:
+        np.setbufsize(size)
+
+
+def round_codes(exact: F32Array, lowest: int, highest: int) -> F32Array:
+    """`nearest_int` of every element, limited to lowest..highest; in place."""
+    odd = None
+    if not max(exact.max(initial=0), -exact.min(initial=0)) < NEAREST_LIMIT:  # also for NaN
+        wild = ~(np.abs(exact) < NEAREST_LIMIT)
+        odd = np.clip(nearest_int(exact[wild]), lowest, highest)
+    np.rint(exact, out=exact)
+    np.clip(exact, np.float32(lowest), np.float32(highest), out=exact)
+    if odd is not None:
+        exact[wild] = odd
+    return exact
+
+
+def weigh(rows: F32Array, importance: F32Array, block: int, factor: float) -> tuple[F32Array, F32Array]:
+    """Blocks as columns and the weight of each error: importance * sqrt(factor * mean square of the super-block + x^2).
+
+    (n, row) f32 and (row,) f32 -> twice (block, n * row / block) f32, scratch arrays.
+    """
+    x = columns(rows, block, "weigh.x")
+    weights = columns(np.broadcast_to(importance, rows.shape).reshape(-1), block, "weigh.weights")
+    spread = np.float32(factor) * super_sums(rows.reshape(-1, SUPER)) / np.float32(SUPER)
+    root = scratch("weigh.root", x.shape)
+    np.square(x, out=root)
+    np.add(root, np.repeat(spread, SUPER // block), out=root)
+    np.sqrt(root, out=root)
+    np.multiply(weights, root, out=weights)
+    return x, weights
