@@ -74,8 +74,8 @@ format: dev
 
 check: lint test ## Everything that has to hold before a commit
 
-bench: $(VENV)/.dev ## Time conversion and encoders against their peers, as ratios within one run
-	$(BIN)/python tests/bench.py
+bench: $(VENV)/.engine ## Time conversion and encoders against their peers, as ratios within one run
+	$(BIN)/python benchmarks/bench.py
 
 clean: ## Remove what make made
 	rm -rf $(VENV) .links out build *.egg-info

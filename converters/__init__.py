@@ -8,6 +8,14 @@ from __future__ import annotations
 from convert_drafter.converters.convert import Conversion, ConvertJob, Report, convert, prepare, write_conversion
 from convert_drafter.converters.errors import DrafterError, MissingEngine, Problems, WrongInput, WrongUsage
 from convert_drafter.converters.inspection import Inspection, inspect
+from convert_drafter.converters.redialect import (
+    Redialection,
+    RedialectJob,
+    RedialectReport,
+    prepare_redialect,
+    redialect,
+    write_redialection,
+)
 
 __all__ = [
     "Conversion",
@@ -16,11 +24,17 @@ __all__ = [
     "Inspection",
     "MissingEngine",
     "Problems",
+    "RedialectJob",
+    "RedialectReport",
+    "Redialection",
     "Report",
     "WrongInput",
     "WrongUsage",
     "convert",
     "inspect",
     "prepare",
+    "prepare_redialect",
+    "redialect",
     "write_conversion",
+    "write_redialection",
 ]

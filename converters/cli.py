@@ -21,6 +21,7 @@ from convert_drafter.converters.errors import DrafterError
 from convert_drafter.converters.inspection import inspect
 from convert_drafter.converters.provenance import tool_version
 from convert_drafter.converters.recipes import RECIPES
+from convert_drafter.converters.redialect import RedialectJob, prepare_redialect, write_redialection
 
 INPUT = click.Path(path_type=Path)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -32,6 +33,11 @@ def settings_option(command: Callable[..., Any]) -> Callable[..., Any]:
         "--set", "settings", multiple=True, metavar="KEY=VALUE", callback=parse_settings,
         help="Give or correct a config fact, e.g. --set dflash_config.block_size=16. Recorded in the file.",
     )(command)  # fmt: skip
+
+
+def runtime_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    choice = click.Choice(RUNTIMES, case_sensitive=False)
+    return click.option("--for", "runtime", type=choice, required=True, help="The runtime that will load it.")(command)
 
 
 def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -55,13 +61,7 @@ def cli() -> None:
 @cli.command()
 @click.argument("source", type=INPUT)
 @click.option("--target", type=INPUT, help="The target's Hugging Face folder or GGUF: tokenizer, depth, hidden size.")
-@click.option(
-    "--for",
-    "runtime",
-    type=click.Choice(RUNTIMES, case_sensitive=False),
-    required=True,
-    help="The runtime that will load it.",
-)
+@runtime_option
 @click.option(
     "--quant",
     "recipe",
@@ -90,6 +90,34 @@ def convert(dry_run: bool, as_json: bool, **options: Any) -> None:
     with progress(conversion.job.out.name, conversion.plan.n_bytes) as advance:
         report = write_conversion(conversion, advance)
     emit(as_json, show.report_json(report), lambda: show.report(report))
+
+
+@cli.command()
+@click.argument("source", metavar="FILE", type=INPUT)
+@runtime_option
+@click.option("--target", type=INPUT, help="The target's Hugging Face folder or GGUF: tokenizer, depth.")
+@click.option("-o", "--out", type=INPUT, required=True, help="The GGUF to write.")
+@click.option("--dry-run", is_flag=True, help="Show facts and names; read no tensor data, write nothing.")
+@click.option("--strict", is_flag=True, help="Treat every warning as an error.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="FACT=VALUE", callback=parse_settings,
+    help="Give or correct a fact as `inspect` names it, e.g. --set rope.theta=10000000. Recorded in the file.",
+)  # fmt: skip
+@json_option
+def redialect(dry_run: bool, as_json: bool, **options: Any) -> None:
+    """Rewrite a drafter's GGUF for another runtime; weights are copied as they are.
+
+    \b
+    convert-drafter redialect dflash-Qwen3.6-27B-Q8_0.gguf --for ik_llama.cpp -o ik-dflash-Qwen3.6-27B-Q8_0.gguf
+    """
+    decided = prepare_redialect(RedialectJob(**options))
+    show.warnings(errors, decided.warnings)
+    if dry_run:
+        emit(as_json, show.redialection_json(decided), lambda: show.redialection(decided))
+        return
+    with progress(decided.job.out.name, decided.n_bytes) as advance:
+        report = write_redialection(decided, advance)
+    emit(as_json, show.redialected_json(report), lambda: show.redialected(report))
 
 
 @cli.command("inspect")

@@ -12,9 +12,7 @@ from gguf import GGMLQuantizationType, GGUFValueType
 
 from convert_drafter.converters import provenance
 from convert_drafter.converters.checkpoint import (
-    DTYPES,
     Checkpoint,
-    TensorHeader,
     open_checkpoint,
     read_rows,
     row_ranges,
@@ -22,6 +20,7 @@ from convert_drafter.converters.checkpoint import (
 from convert_drafter.converters.config import ConfigReader
 from convert_drafter.converters.dialects import Cell, doubts, find_cell, objections, write
 from convert_drafter.converters.drafters import Kind, detect
+from convert_drafter.converters.encoding import SLAB_WEIGHTS, Encoder, Tally, cores
 from convert_drafter.converters.errors import BadFact, Problems, WrongInput, WrongUsage
 from convert_drafter.converters.gguf_file import KeyValue, StoredTensor, partial_name, write_gguf
 from convert_drafter.converters.ops import Array
@@ -30,17 +29,20 @@ from convert_drafter.converters.recipes import RECIPES, Recipe
 from convert_drafter.converters.spec import DrafterSpec
 from convert_drafter.converters.target import Target, read_target, target_tokenizer
 from convert_drafter.converters.tokenizer import Tokenizer
-from convert_drafter.quant import TYPES, QuantType, dequantize, quantize
-from convert_drafter.quant.base import F32Array
+from convert_drafter.quant import TYPES
+from convert_drafter.quant.base import Bytes, Run
+from convert_drafter.quant.measure import Errors
 
-SLAB_WEIGHTS = 4 << 20  # 16 MiB of f32 at a time: bounded memory, few enough reads
 OURS = (".gguf", ".partial")
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION in ggml.h
 
 
 @dataclass(frozen=True)
 class ConvertJob:
-    """What to convert. `settings` are the user's own config values (dotted path -> JSON text)."""
+    """What to convert. `settings` are the user's own config values (dotted path -> JSON text).
+
+    `threads` is the number of cores used (all of them without it); `measure` asks for each tensor's error.
+    """
 
     source: Path
     target: Path | None
@@ -50,6 +52,8 @@ class ConvertJob:
     strict: bool = False
     ignore: tuple[str, ...] = ()
     settings: Mapping[str, str] = field(default_factory=dict)
+    threads: int | None = None
+    measure: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,7 @@ class Report:
     out: Path
     source_bytes: int
     out_bytes: int
+    errors: Mapping[str, Errors]
 
     @property
     def launch(self) -> str:
@@ -124,13 +129,13 @@ def prepare(job: ConvertJob) -> Conversion:
     problems = [*matcher.problems, *objections(cell, spec, architecture), *_mispairing(spec, target)]
     if problems:
         raise Problems(str(job.source), problems)
-    tokenizer = _tokenizer(cell, job, spec)
+    tokenizer = tokenizer_for(cell, job.target, spec)
     warnings = (
         *reader.warnings,
         *(f"{reader.where}: {path}: nobody reads this key" for path in reader.unread()),
         *(f"{path}: the index does not name it, so it is not read" for path in checkpoint.unused),
         *doubts(cell, spec, architecture),
-        *_mask_doubt(spec, tokenizer),
+        *mask_doubt(spec, tokenizer),
     )
     if warnings and job.strict:
         raise Problems(f"{job.source} (--strict)", warnings)
@@ -144,42 +149,30 @@ def convert(job: ConvertJob, advance: Callable[[int], None] = lambda n: None) ->
 
 def write_conversion(conversion: Conversion, advance: Callable[[int], None] = lambda n: None) -> Report:
     """Write what `prepare` decided; the file appears under its name complete or not at all."""
-    planned = {tensor.name: tensor for tensor in conversion.plan.tensors}
+    job, planned = conversion.job, {tensor.name: tensor for tensor in conversion.plan.tensors}
     stored = [
         StoredTensor(t.name, t.shape, GGMLQuantizationType(t.choice.type.ggml_id)) for t in conversion.plan.tensors
     ]
+    tallies = {name: Tally(tensor.choice.type) for name, tensor in planned.items()} if job.measure else {}
     head_dim = conversion.published.spec.head_dim
-    out = conversion.job.out
-    size = write_gguf(out, conversion.keys, stored, lambda t: encoded(planned[t.name], head_dim), advance)
+    with cores(job.threads) as run:
+
+        def data(tensor: StoredTensor) -> Iterator[Array]:
+            return encoded(planned[tensor.name], head_dim, run, tallies.get(tensor.name))
+
+        size = write_gguf(job.out, conversion.keys, stored, data, advance)
     source_bytes = sum(file.stat().st_size for file in conversion.published.checkpoint.files)
-    return Report(conversion, out, source_bytes, size)
+    return Report(conversion, job.out, source_bytes, size, {name: tally.errors for name, tally in tallies.items()})
 
 
-def encoded(tensor: PlannedTensor, head_dim: int) -> Iterator[Array]:
-    """The bytes of one output tensor, a slab of rows at a time."""
-    header, kind = tensor.header, tensor.choice.type
-    max_bytes = SLAB_WEIGHTS * DTYPES[header.dtype].itemsize
+def encoded(tensor: PlannedTensor, head_dim: int, run: Run = map, tally: Tally | None = None) -> Iterator[Bytes]:
+    """The bytes of one output tensor, a slab of rows at a time; raises `WrongInput` naming tensor and row."""
+    header, source = tensor.header, TYPES[tensor.header.dtype]
+    encoder = Encoder(header.file, header.name, source, tensor.choice.type, watch=tally and tally.watch)
+    max_bytes = SLAB_WEIGHTS * source.layout.itemsize
     for start, stop in row_ranges(header, max_bytes, head_dim if tensor.op.by_head else 1):
         rows = tensor.op.apply(read_rows(header, start, stop), head_dim)
-        weights = dequantize(rows.view(np.uint8), TYPES[header.dtype], rows.shape)
-        check_range(weights, kind, header, start)
-        yield rows if header.dtype == kind.name else quantize(weights, kind)  # the same numbers are copied as they are
-
-
-def check_range(weights: F32Array, kind: QuantType, header: TensorHeader, first: int) -> None:
-    """Raise `WrongInput` naming tensor and row where a weight is NaN, infinite or too large for `kind`.
-
-    `weights` are whole rows of the tensor from row `first` on.
-    """
-    if max(weights.max(initial=0), -weights.min(initial=0)) <= kind.largest:  # False for NaN
-        return
-    where = np.argwhere(~(np.abs(weights) <= kind.largest))[0]
-    value, row = float(weights[tuple(where)]), first + int(where[0])
-    advice = "choose --quant BF16 or F32" if np.isfinite(value) else "the checkpoint is damaged"
-    raise WrongInput(
-        f"{header.file}: {header.name}: row {row}: found {value:g}, expected a finite number up to {kind.largest:g}"
-        f" ({kind.name}); {advice}"
-    )
+        yield encoder.rows(np.ascontiguousarray(rows).reshape(-1).view(np.uint8), rows.shape, start, run)
 
 
 def find_recipe(name: str) -> Recipe:
@@ -214,16 +207,22 @@ def refuse_overwriting(out: Path, sources: Iterable[Path]) -> None:
 
 def launch_command(conversion: Conversion) -> str:
     """The exact line that runs the result beside its target."""
-    target = conversion.job.target
-    return conversion.cell.launch.format(
+    job = conversion.job
+    return launch_line(conversion.cell, conversion.published.spec, job.target, job.out)
+
+
+def launch_line(cell: Cell, spec: DrafterSpec, target: Path | None, out: Path) -> str:
+    """The exact line that runs the drafter at `out`; a target that is no file is left to the user."""
+    return cell.launch.format(
         target=shlex.quote(str(target)) if target is not None and target.is_file() else "TARGET.gguf",
-        drafter=shlex.quote(str(conversion.job.out)),
-        drafted=conversion.published.spec.block_size - 1,
+        drafter=shlex.quote(str(out)),
+        drafted=spec.block_size - 1,
     )
 
 
-def _tokenizer(cell: Cell, job: ConvertJob, spec: DrafterSpec) -> Tokenizer | None:
-    if job.target is None:
+def tokenizer_for(cell: Cell, target: Path | None, spec: DrafterSpec) -> Tokenizer | None:
+    """The target's tokenizer, as far as this runtime's file needs one; `WrongUsage` where it is not given."""
+    if target is None:
         if cell.tokenizer:
             raise WrongUsage(
                 f"{cell.runtime} wants the target's tokenizer in the drafter's file; give --target with the target's"
@@ -231,7 +230,7 @@ def _tokenizer(cell: Cell, job: ConvertJob, spec: DrafterSpec) -> Tokenizer | No
             )
         return None
     try:
-        return target_tokenizer(job.target, spec.vocab_size)
+        return target_tokenizer(target, spec.vocab_size)
     except WrongInput:
         if cell.tokenizer:
             raise
@@ -246,7 +245,7 @@ def _mispairing(spec: DrafterSpec, target: Target | None) -> Iterator[str]:
         )
 
 
-def _mask_doubt(spec: DrafterSpec, tokenizer: Tokenizer | None) -> Iterator[str]:
+def mask_doubt(spec: DrafterSpec, tokenizer: Tokenizer | None) -> Iterator[str]:
     if tokenizer is not None and tokenizer.mask_token_id not in (None, spec.mask_token_id):
         yield (
             f"mask token: the drafter's {spec.mask_token_id} is written, the target's tokenizer has"

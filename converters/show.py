@@ -12,9 +12,10 @@ from rich.table import Table
 from convert_drafter.converters.convert import Conversion, Report, launch_command
 from convert_drafter.converters.dialects import CELLS
 from convert_drafter.converters.drafters import KINDS
-from convert_drafter.converters.inspection import Inspection
+from convert_drafter.converters.inspection import Fact, Inspection
 from convert_drafter.converters.plan import Plan
 from convert_drafter.converters.recipes import RECIPES
+from convert_drafter.converters.redialect import Redialection, RedialectReport
 from convert_drafter.quant import TYPES
 
 WIDTH = 1000  # never fold: a terminal does it by itself, a file or a pipe should not have it
@@ -126,13 +127,61 @@ def report_json(report: Report) -> dict[str, Any]:
     return {**sizes, **plan_json(report.conversion)}
 
 
+# --- redialect ---
+
+
+def redialection(decided: Redialection) -> str:
+    tensors = _table("tensor", "from", ">shape", "type", ">size")
+    for move in decided.moves:
+        stored = move.stored
+        shape = " x ".join(map(str, stored.shape))
+        tensors.add_row(move.name, stored.name, shape, stored.type.name, size(stored.n_bytes))
+    return _render(_facts(decided.drafter.facts), "", tensors, "", _copied(decided))
+
+
+def _copied(decided: Redialection) -> str:
+    tokenizer = "tokenizer included" if decided.cell.tokenizer else "no tokenizer needed"
+    return f"{len(decided.moves)} tensors, {size(decided.n_bytes)}, every byte as it was, {tokenizer}"
+
+
+def redialected(report: RedialectReport) -> str:
+    decided = report.redialection
+    lines = [
+        f"wrote {report.out} ({decided.drafter.cell.runtime} -> {decided.cell.runtime})",
+        f"  {_copied(decided)}",
+        *(f"  note: {note}" for note in decided.notes),
+        "run it:",
+        f"  {decided.launch}",
+    ]
+    return "\n".join(lines)
+
+
+def redialection_json(decided: Redialection) -> dict[str, Any]:
+    tensors = [(move.name, move.stored) for move in decided.moves]
+    return {
+        "from": decided.drafter.cell.runtime,
+        "for": decided.cell.runtime,
+        "facts": {f.name: {"value": f.value, "origin": f.origin} for f in decided.drafter.facts},
+        "tensors": [
+            {"name": name, "source": t.name, "shape": t.shape, "type": t.type.name, "bytes": t.n_bytes}
+            for name, t in tensors
+        ],
+        "bytes": decided.n_bytes,
+        "warnings": list(decided.warnings),
+        "launch": decided.launch,
+    }
+
+
+def redialected_json(report: RedialectReport) -> dict[str, Any]:
+    sizes = {"out": str(report.out), "source_bytes": report.source_bytes, "out_bytes": report.out_bytes}
+    return {**sizes, **redialection_json(report.redialection)}
+
+
 # --- inspect ---
 
 
 def inspection(found: Inspection) -> str:
-    facts = _table("fact", "value", "from")
-    for fact in found.facts:
-        facts.add_row(fact.name, _value(fact.value), fact.origin)
+    facts = _facts(found.facts)
     tensors = _table("tensor", ">shape", "type", ">size")
     for t in found.tensors:
         tensors.add_row(t.name, " x ".join(map(str, t.shape)), t.type, size(t.n_bytes))
@@ -142,6 +191,13 @@ def inspection(found: Inspection) -> str:
     runtimes = [f"{name}: {reason or 'loads it'}" for name, reason in found.runtimes.items()]
     counts = f"{len(found.tensors)} tensors, {size(total)}"
     return _render(head, "", facts, "", tensors, "", counts, *runtimes)
+
+
+def _facts(facts: Sequence[Fact]) -> Table:
+    table = _table("fact", "value", "from")
+    for fact in facts:
+        table.add_row(fact.name, _value(fact.value), fact.origin)
+    return table
 
 
 def _value(value: Any) -> str:

@@ -88,10 +88,12 @@ def transcode(
     shape: Sequence[int],
     importance: F32Array | None = None,
     run: Run = map,
+    watch: Callable[[F32Array, Blocks], object] | None = None,
 ) -> Bytes:
     """From the bytes of one type to those of another, a chunk at a time; `run` may hand chunks to threads.
 
-    `shape` is in torch order. Raises ValueError where a row is no whole blocks, `OutOfRange`.
+    `shape` is in torch order. Blocks of the same type are checked and copied. `watch` sees each chunk's weights and
+    blocks, in any order and from any thread. Raises ValueError where a row is no whole blocks, `OutOfRange`.
     """
     out = np.empty(kind.n_bytes(shape), np.uint8).view(kind.layout)
     blocks, row, total = data.view(source.layout), shape[-1], math.prod(shape)
@@ -100,13 +102,18 @@ def transcode(
 
     def encode(start: int) -> None:
         stop = min(start + step, total)
-        weights = source.decode(blocks[start // source.block : stop // source.block])
+        held = blocks[start // source.block : stop // source.block]
+        place = out[start // kind.block : stop // kind.block]
+        weights = source.decode(held)
         check_range(weights, kind, start)
-        place = slice(start // kind.block, stop // kind.block)
-        if weighted is not None and importance is not None:
-            out[place] = weighted(weights.reshape(-1, row), importance)
+        if source is kind:
+            place[...] = held
+        elif weighted is not None and importance is not None:
+            place[...] = weighted(weights.reshape(-1, row), importance)
         else:
-            out[place] = kind.encode(weights.reshape(-1, kind.block))
+            place[...] = kind.encode(weights.reshape(-1, kind.block))
+        if watch is not None:
+            watch(weights, place)
 
     for _ in run(encode, range(0, total, step)):
         pass  # an executor's map raises here what a chunk raised

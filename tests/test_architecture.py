@@ -15,10 +15,13 @@ PACKAGE = "convert_drafter."
 FLOORS = {
     0: ["quant"],
     1: ["errors", "roles", "spec"],
-    2: ["config", "checkpoint", "gguf_file", "gguf_read", "pre_tokenizers", "tokenizer", "target"],
+    2: [
+        "config", "checkpoint", "gguf_file", "gguf_read", "pre_tokenizers", "tokenizer", "target", "importance",
+        "encoding",
+    ],  # fmt: skip
     3: ["ops", "recipes", "plan", "provenance"],
     4: ["drafters", "dialects"],
-    5: ["convert", "inspection", "verify"],
+    5: ["convert", "inspection", "drafter_file", "quantize", "redialect", "verify"],
     6: ["show"],
     7: ["cli"],
 }
