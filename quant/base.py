@@ -67,6 +67,16 @@ def check_range(weights: F32Array, kind: QuantType, first: int = 0) -> None:
     raise OutOfRange(float(flat[index]), first + index, kind.largest)
 
 
+def check_scales(weights: F32Array, blocks: Blocks, first: int = 0) -> None:
+    """Raise `OutOfRange` where a block's f16 scale overflowed, which extreme importance can do to large weights."""
+    halves = [name for name in blocks.dtype.names or () if blocks.dtype[name] == np.float16]
+    if all(np.isfinite(blocks[name]).all() for name in halves):
+        return
+    index = int(np.abs(weights).argmax())
+    value = float(weights.reshape(-1)[index])
+    raise OutOfRange(value, first + index, abs(value) / 2)
+
+
 def quantize(rows: F32Array, kind: QuantType, importance: F32Array | None = None, run: Run = map) -> Bytes:
     """Encode f32 rows (..., row) to the bytes of a GGUF tensor, as ggml's `ggml_quantize_chunk` does.
 
@@ -107,11 +117,13 @@ def transcode(
         weights = source.decode(held)
         check_range(weights, kind, start)
         if source is kind:
-            place[...] = held
+            encoded = held
         elif weighted is not None and importance is not None:
-            place[...] = weighted(weights.reshape(-1, row), importance)
+            encoded = weighted(weights.reshape(-1, row), importance)
         else:
-            place[...] = kind.encode(weights.reshape(-1, kind.block))
+            encoded = kind.encode(weights.reshape(-1, kind.block))
+        place.view(np.uint8)[...] = encoded.view(np.uint8)  # field by field would take ten times as long
+        check_scales(weights, place, start)
         if watch is not None:
             watch(weights, place)
 

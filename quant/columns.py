@@ -20,7 +20,9 @@ def columns(rows: F32Array, block: int, name: str) -> F32Array:
     """(..., k * block) f32 -> (block, n) f32, a scratch array of the caller's name."""
     blocks = rows.reshape(-1, block)
     out = scratch(name, blocks.shape[::-1])
-    np.copyto(out, blocks.T)
+    step = 8192 // block  # turned in pieces of 32 KiB, which the nearest cache holds
+    for start in range(0, len(blocks), step):
+        np.copyto(out[:, start : start + step], blocks[start : start + step].T)
     return out
 
 

@@ -70,13 +70,15 @@ def codes_of_search(x: F32Array, weights: F32Array, grid: Grid) -> F32Array:
 
 def _search(x: F32Array, weights: F32Array, grid: Grid, keep_codes: bool, literal: bool) -> tuple[Fit, Bools]:
     """The fit, and the columns where plain rounding is not what ggml's `nearest_int` gives (none if `literal`)."""
-    lowest, high = x.min(axis=0), x.max(axis=0)
-    low = np.clip(lowest, None, F(0))
+    lowest, high = _first_zeros(x, x.min(axis=0)), _first_zeros(x, x.max(axis=0))
+    low = lowest.copy()  # not clipped: that would make 0 of -0
+    np.putmask(low, low > 0, F(0))
     sum_w, sum_x = column_sums(weights), dots(weights, x)
+    _sign_sums(x, weights, sum_x)
     codes = scratch("search_min.codes", x.shape)
     span = high - low
-    width = F(grid.levels) / span
-    scale = 1 / width
+    width: F32Array = np.divide(F(grid.levels), span)
+    scale: F32Array = np.divide(F(1), width)
     narrow = _narrow(lowest, high, grid)
     flat = high == low  # nothing to fit: the scale stays zero, and so do the codes
     narrow[flat] = -1
@@ -102,6 +104,26 @@ def _search(x: F32Array, weights: F32Array, grid: Grid, keep_codes: bool, litera
     if kept is not None:
         kept[:, flat] = 0
     return Fit(scale, low, kept), wild & (not literal)
+
+
+def _first_zeros(x: F32Array, extremes: F32Array) -> F32Array:
+    """Give those of the columns' extremes (n,) that are zero the sign of the column's first zero, as ggml's loop does.
+
+    It is the sign of 1 / (high - low) once a fit has moved low up to high, and Q4_1 and Q5_1 store that of low.
+    """
+    places = np.flatnonzero(extremes == 0)
+    if places.size:
+        some = take_columns(x, places)
+        extremes[places] = np.take_along_axis(some, (some == 0).argmax(axis=0)[None], axis=0)[0]
+    return extremes
+
+
+def _sign_sums(x: F32Array, weights: F32Array, sums: F32Array) -> None:
+    """A sum of nothing but -0 is -0, since ggml starts with the first product; `dots` may start with 0."""
+    places = np.flatnonzero(sums == 0)
+    if places.size:
+        products = take_columns(x, places) * take_columns(weights, places)
+        sums[places[(np.signbit(products) & (products == 0)).all(axis=0)]] = F(-0.0)
 
 
 def _narrow(lowest: F32Array, high: F32Array, grid: Grid) -> F32Array:
