@@ -15,10 +15,14 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from convert_drafter.converters.checkpoint import TensorHeader
+from convert_drafter.converters.errors import Problems
 from convert_drafter.converters.ops import COPY, Op
-from convert_drafter.converters.recipes import Choice, Recipe, choose_type
-from convert_drafter.converters.roles import Role, TensorKey, describe
+from convert_drafter.converters.recipe_rules import Facts
+from convert_drafter.converters.recipes import Choice, Recipe
+from convert_drafter.converters.roles import Role, TensorKey, describe, role_name
 from convert_drafter.converters.spec import DrafterSpec
+from convert_drafter.converters.type_choice import Candidate, TypeOptions, choose_types
+from convert_drafter.quant import TYPES
 
 READABLE_DTYPES = ("F32", "F16", "BF16")
 
@@ -200,11 +204,12 @@ def plan_tensors(
     names: Callable[[TensorKey], str | None],
     runtime: str,
     needs: Mapping[Role, Role] | None = None,
+    options: TypeOptions | None = None,
 ) -> Plan:
     """Name and type every matched tensor, in the order of the rules, layer by layer.
 
     `names` gives the runtime's name of a role, None where it has none: that is a problem, never a silent loss. `needs`
-    are the roles the runtime takes only together with another one.
+    are the roles the runtime takes only together with another one. What is wrong is added to the matcher's problems.
     """
     present = {role for role, _ in matcher.matches}
     for role, other in (needs or {}).items():
@@ -212,15 +217,35 @@ def plan_tensors(
             matcher.problems.append(f"{role.name}: {runtime} takes it only with {other.name}, which is missing")
     order = {rule.role: n for n, rule in enumerate(matcher.rules)}
     keys = sorted(matcher.matches, key=lambda key: (-1 if key[1] is None else key[1], order[key[0]]))
-    planned = []
-    for key in keys:
-        match, name = matcher.matches[key], names(key)
-        if name is None:
-            source = match.header.name
-            matcher.problems.append(
-                f"{source}: {runtime} has no tensor for {describe(key)}; without it the drafter computes something else"
-            )
-            continue
-        choice = choose_type(recipe, key[0], match.header.shape)
-        planned.append(PlannedTensor(key, match.header, match.rule.op, name, match.header.shape, choice))
+    named = {key: name for key in keys if (name := names(key)) is not None}
+    matcher.problems += [
+        f"{matcher.matches[key].header.name}: {runtime} has no tensor for {describe(key)}; without it the drafter"
+        " computes something else"
+        for key in keys
+        if key not in named
+    ]
+    matches = [matcher.matches[key] for key in named]
+    choices = _choose(recipe, matches, matcher, options)
+    planned = (
+        PlannedTensor(match.key, match.header, match.rule.op, named[match.key], match.header.shape, choice)
+        for match, choice in zip(matches, choices, strict=True)
+    )
     return Plan(tuple(planned), tuple(matcher.dropped))
+
+
+def _choose(
+    recipe: Recipe, matches: Sequence[Match], matcher: Matcher, options: TypeOptions | None
+) -> Sequence[Choice]:
+    """Types by llama.cpp's names, whatever the runtime calls the tensors: one drafter, one mixture."""
+    candidates = [
+        # what no recipe quantizes is F32, as llama.cpp's own converter writes it (conversion/base.py)
+        Candidate(role_name(match.key), match.header.shape, TYPES["F32"])
+        for match in matches
+    ]
+    spec = matcher.spec
+    facts = Facts(spec.kind, spec.layer_count, 0, spec.head_count, spec.kv_head_count)  # no drafter has experts
+    try:
+        return choose_types(recipe, candidates, facts, options)
+    except Problems as found:
+        matcher.problems += found.problems
+        return [Choice(TYPES["F32"])] * len(candidates)  # nobody converts what has problems

@@ -1,31 +1,48 @@
-"""Recipes as data: which type each tensor of a drafter is stored in.
+"""Recipes as data: which type each tensor of a file is stored in. `type_choice` decides with these tables.
 
-Norms, 1-D tensors and scalars are F32 in every recipe: the GPU kernels of all runtimes assert it, and llama.cpp's
-converter and quantizer do the same (`conversion/base.py: prepare_tensors`, `src/llama-quant.cpp`).
+A recipe under a name of llama-quantize decides exactly as it does (src/llama-quant.cpp of llama.cpp 11434), so that
+whole files compare equal. NAME-drafter is the same with a floor under the tensors only a drafter has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 
+from convert_drafter.converters.recipe_rules import RULES, Rule
 from convert_drafter.converters.roles import Role
-from convert_drafter.quant import TYPES
 from convert_drafter.quant.base import QuantType
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """`weights` is the type of every matrix, `file_type` llama.cpp's number for `general.file_type`.
+class Named:
+    """Tensors by llama.cpp's name (glob patterns), what they are and why; in one architecture if it says so."""
 
-    Where a row does not divide by the type's block, `fallback` holds the types to try next, in order.
+    what: str
+    patterns: tuple[str, ...]
+    architecture: str | None = None
+    why: str = ""
+
+    def holds(self, name: str, architecture: str | None = None) -> bool:
+        if self.architecture not in (None, architecture):
+            return False
+        return any(fnmatchcase(name, pattern) for pattern in self.patterns)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """`weights` is the type of every matrix no rule speaks of, `file_type` llama.cpp's number for `general.file_type`.
+
+    `kept` is never stored below Q8_0, `kept_f32` always as F32, whatever the rules say.
     """
 
     name: str
     file_type: int
     weights: str
     summary: str
-    fallback: tuple[str, ...] = ()
+    rules: tuple[Rule, ...] = ()
+    kept: tuple[Named, ...] = ()
+    kept_f32: tuple[Named, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -37,36 +54,75 @@ class Choice:
     fell_back: bool = False
 
 
-RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe
-    for recipe in (
-        Recipe("F32", 0, "F32", "lossless, twice the size of the checkpoint"),
-        Recipe("F16", 1, "F16", "half precision: BF16 weights keep their mantissa, tiny ones lose bits"),
-        Recipe("BF16", 32, "BF16", "the checkpoint's own numbers, bit for bit when it is BF16"),
-        Recipe("Q8_0", 7, "Q8_0", "8.5 bits per weight; free wherever it was measured", fallback=("F16",)),
+# --- what a drafter has ---
+
+F32_IN_DRAFTERS = (
+    Named("norm", ("*norm.weight",), why="the GPU kernels of all runtimes assert F32, and it is a few kilobytes"),
+    Named("base of a convolution", ("*_conv_base",), why="added to every output; llama.cpp's converter writes F32"),
+    Named("scalar per head", ("*attn_sinks.weight",), why="one number a head; the kernels assert F32"),
+    Named("one confidence per token", ("conf_proj.*",), why="decides how many tokens are drafted; a single row"),
+)
+ALWAYS_F32 = {role: named.what for role in Role for named in F32_IN_DRAFTERS if named.holds(role.value)}
+
+# llama-quantize takes these for ordinary weights. In a 27B's drafter keeping them costs a few percent of the file.
+KEPT_IN_DRAFTERS = (
+    Named(
+        "the drafter's view of its target", ("fc.weight",),
+        why="all captured states pass through it; 4-bit drafters that lost nothing had it at 8 bits",
+    ),
+    Named("candidate selector", ("selector_*",), why="codebooks looked up by token: no sum averages their errors out"),
+    Named("Markov head", ("markov_*",), why="a table looked up by token, of low rank: every error reaches the logits"),
+    Named(
+        "MTP head", ("*nextn.*proj*", "*nextn.shared_head_head.*"),
+        why="a head at 4 bits had 0-4 % of its tokens accepted where 8 bits had 39-59 %",
+    ),
+)  # fmt: skip
+LEAST = "Q8_0"
+
+# --- recipes ---
+
+# Numbers: enum llama_ftype in include/llama.h; own types: llama_ftype_get_default_type.
+_OF_LLAMA_QUANTIZE = tuple(
+    Recipe(name, file_type, weights, summary, RULES.get(name, ()))
+    for name, file_type, weights, summary in (
+        ("F32", 0, "F32", "lossless, twice the size of the checkpoint"),
+        ("F16", 1, "F16", "half precision: BF16 weights keep their mantissa, tiny ones lose bits"),
+        ("BF16", 32, "BF16", "the checkpoint's own numbers, bit for bit when it is BF16"),
+        ("Q8_0", 7, "Q8_0", "8.5 bits per weight; free wherever it was measured"),
+        ("Q6_K", 18, "Q6_K", "one type for every matrix"),
+        ("Q5_K_M", 17, "Q5_K", "Q6_K where errors cost most: some attention values and feed forward outputs"),
+        ("Q5_K_S", 16, "Q5_K", "Q5_K for all but the output head"),
+        ("Q5_1", 9, "Q5_1", "older than the K types, with an offset per block"),
+        ("Q5_0", 8, "Q5_0", "older than the K types"),
+        ("Q4_K_M", 15, "Q4_K", "Q6_K where errors cost most: some attention values and feed forward outputs"),
+        ("Q4_K_S", 14, "Q4_K", "Q5_K for the first attention values and feed forward outputs"),
+        ("IQ4_NL", 25, "IQ4_NL", "16 unevenly spaced levels; fits rows of 32"),
+        ("IQ4_XS", 30, "IQ4_XS", "16 unevenly spaced levels; the smallest with 4 bits"),
+        ("Q4_1", 3, "Q4_1", "older than the K types, with an offset per block"),
+        ("Q4_0", 2, "Q4_0", "older than the K types; the simplest and fastest with 4 bits"),
+        ("MXFP4_MOE", 38, "MXFP4", "MXFP4 for stacked experts, Q8_0 for everything else"),
+        ("Q3_K_L", 13, "Q3_K", "Q5_K for attention values and outputs, feed forward outputs"),
+        ("Q3_K_M", 12, "Q3_K", "Q4_K and Q5_K for attention values and outputs, feed forward outputs"),
+        ("Q3_K_S", 11, "Q3_K", "Q3_K for all but the output head"),
+        ("Q2_K", 10, "Q2_K", "Q3_K or Q4_K for attention values and outputs, feed forward outputs"),
     )
-}
-ALWAYS_F32 = {
-    Role.FUSION_NORM: "norm",
-    Role.OUTPUT_NORM: "norm",
-    Role.ATTN_NORM: "norm",
-    Role.ATTN_Q_NORM: "norm",
-    Role.ATTN_K_NORM: "norm",
-    Role.FFN_NORM: "norm",
-    Role.ATTN_SINKS: "scalar per head",
-}
+)
 
 
-def choose_type(recipe: Recipe, role: Role, shape: Sequence[int]) -> Choice:
-    """The type `recipe` gives a tensor of this role and shape (torch order)."""
-    if role in ALWAYS_F32:
-        return Choice(TYPES["F32"], f"{ALWAYS_F32[role]}: always F32")
-    if len(shape) < 2:
-        return Choice(TYPES["F32"], "1-D: always F32")
-    for name in (recipe.weights, *recipe.fallback):
-        if shape[-1] % TYPES[name].block == 0:
-            if name == recipe.weights:
-                return Choice(TYPES[name])
-            reason = f"row {shape[-1]} is no multiple of {TYPES[recipe.weights].block}: {name} instead"
-            return Choice(TYPES[name], reason, fell_back=True)
-    raise AssertionError(f"{recipe.name} has no fallback for rows of {shape[-1]}")  # F16 divides every row
+def _for_drafters(recipe: Recipe) -> Recipe:
+    """The recipe to draft with: "drafter" says what such a file is made for, NAME alone compares with llama-quantize.
+
+    A file of one is a file of the other to every runtime, so `file_type` is the same number.
+    """
+    summary = f"{recipe.name}, but fc, selector, Markov and MTP heads not below {LEAST}"
+    return replace(
+        recipe, name=f"{recipe.name}-drafter", summary=summary, kept=KEPT_IN_DRAFTERS, kept_f32=F32_IN_DRAFTERS
+    )
+
+
+# without rules every matrix has 8 bits and more already, and MXFP4 is only for experts
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _OF_LLAMA_QUANTIZE} | {
+    drafter.name: drafter
+    for drafter in map(_for_drafters, _OF_LLAMA_QUANTIZE)
+    if drafter.rules and drafter.weights != "MXFP4"
+}

@@ -40,6 +40,12 @@ class Role(Enum):
 TensorKey = tuple[Role, int | None]  # the layer is None for a tensor the drafter has once
 
 
+def role_name(key: TensorKey) -> str:
+    """llama.cpp's name of a tensor, whatever another runtime calls it."""
+    role, layer = key
+    return role.value.replace("{i}", str(layer))
+
+
 def describe(key: TensorKey) -> str:
     """A role for a message: "FFN_DOWN of layer 2"."""
     role, layer = key

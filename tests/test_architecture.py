@@ -16,13 +16,13 @@ FLOORS = {
     0: ["quant"],
     1: ["errors", "roles", "spec"],
     2: [
-        "config", "checkpoint", "gguf_file", "gguf_read", "pre_tokenizers", "tokenizer", "target", "importance",
-        "encoding",
-    ],  # fmt: skip
-    3: ["ops", "recipes", "plan", "provenance"],
+        *("config", "checkpoint", "gguf_file", "gguf_read", "pre_tokenizers", "tokenizer", "target"),
+        *("importance", "encoding"),
+    ],
+    3: ["ops", "recipe_rules", "recipes", "type_choice", "plan", "provenance"],
     4: ["drafters", "dialects"],
     5: ["convert", "inspection", "drafter_file", "quantize", "redialect", "verify"],
-    6: ["show"],
+    6: ["show", "show_quantize"],
     7: ["cli"],
 }
 # A package on one floor may use itself, but `drafters` and `dialects` do not know each other.

@@ -43,9 +43,12 @@ from convert_drafter.converters.convert import launch_command, read_published
 from convert_drafter.converters.dialects import RUNTIMES, find_cell, lucebox, objections, read, write
 from convert_drafter.converters.gguf_file import KeyValue, write_gguf
 from convert_drafter.converters.gguf_read import read_gguf
-from convert_drafter.converters.recipes import RECIPES, choose_type
+from convert_drafter.converters.recipe_rules import Facts
+from convert_drafter.converters.recipes import RECIPES
 from convert_drafter.converters.roles import Role
 from convert_drafter.converters.spec import DrafterSpec, facts_of
+from convert_drafter.converters.type_choice import Candidate, choose_types
+from convert_drafter.quant import TYPES
 
 LLAMA, IK, LUCEBOX = "llama.cpp", "ik_llama.cpp", "lucebox"
 MASK = SMALL_VOCAB - 1
@@ -492,10 +495,10 @@ Invented = Enum("Invented", {"ENORM": "enorm.weight", "SCALE": "scale", "GATE_BI
 @pytest.mark.parametrize("roles", [Role, Invented], ids=["ours", "T-17 invented"])
 def test_one_dimension_is_always_f32(roles: Any, recipe: str) -> None:
     """T-17: by the shape, not by a name that ends like a norm's."""
-    for role in roles:
-        for shape in ((), (1,), (7,), (32,), (4096,)):
-            choice = choose_type(RECIPES[recipe], role, shape)
-            assert (choice.type.name, choice.fell_back) == ("F32", False), (role, shape)
+    for shape in ((), (1,), (7,), (32,), (4096,), (1, 4096)):
+        tensors = [Candidate(role.value.replace("{i}", "0"), shape, TYPES["F32"]) for role in roles]
+        for choice in choose_types(RECIPES[recipe], tensors, Facts("dflash", 1, 0, 8, 8)):
+            assert (choice.type.name, choice.fell_back) == ("F32", False)
 
 
 def test_rows_that_do_not_divide_are_announced(tmp_path: Path) -> None:
@@ -506,9 +509,10 @@ def test_rows_that_do_not_divide_are_announced(tmp_path: Path) -> None:
     fallen = {"blk.0.ffn_down.weight", "blk.1.ffn_down.weight"}
     assert {name for name, kind in types.items() if kind == "F16"} == fallen
     assert types["blk.0.ffn_up.weight"] == types["dflash.fc.weight"] == "Q8_0"
-    assert "2 tensors could not take the recipe's type" in show.report(report)
-    lines = [line for line in show.plan(report.conversion).splitlines() if "is no multiple of 32" in line]
-    assert {line.split()[0] for line in lines} == fallen
+    assert "2 of 25 tensors fell back to another type" in show.report(report)
+    for text in (show.plan(report.conversion), show.report(report)):
+        lines = [line for line in text.splitlines() if "is no multiple of 32" in line]
+        assert {line.split()[0].rstrip(":") for line in lines} == fallen
 
 
 @every_runtime
