@@ -54,8 +54,9 @@ demo: $(VENV)/.verify ## Convert the tiny drafter, quantize it, check that it dr
 	mkdir -p out
 	$(DRAFTER) inspect $(PAIR)/drafter
 	$(DRAFTER) convert $(PAIR)/drafter --target $(PAIR)/target --for llama.cpp --quant BF16 -o out/tiny-BF16.gguf
-	$(DRAFTER) convert $(PAIR)/drafter --target $(PAIR)/target --for llama.cpp --quant Q8_0 -o out/tiny-Q8_0.gguf
-	$(BIN)/python fixtures/measure_pair.py --gguf out/tiny-BF16.gguf --gguf out/tiny-Q8_0.gguf
+	$(DRAFTER) quantize out/tiny-BF16.gguf out/tiny-Q8_0.gguf Q8_0
+	$(DRAFTER) convert $(PAIR)/drafter --target $(PAIR)/target --for llama.cpp --quant Q4_K_M-drafter --report -o out/tiny-Q4_K_M-drafter.gguf
+	$(BIN)/python fixtures/measure_pair.py --gguf out/tiny-BF16.gguf --gguf out/tiny-Q8_0.gguf --gguf out/tiny-Q4_K_M-drafter.gguf
 
 test: $(VENV)/.dev ## Run the tests (no network, no llama.cpp, a few minutes)
 	$(BIN)/python -m pytest
@@ -83,7 +84,9 @@ clean: ## Remove what make made
 # --- batch: `make out/NAME-RECIPE.gguf` converts $(SRC_NAME) with the tokenizer of $(TARGET_NAME) ---
 
 RUNTIME ?= llama.cpp
-RECIPES := F32 F16 BF16 Q8_0
+RECIPES := F32 F16 BF16 Q8_0 Q6_K Q5_K_M Q5_K_S Q5_1 Q5_0 Q4_K_M Q4_K_S IQ4_NL IQ4_XS Q4_1 Q4_0 MXFP4_MOE Q3_K_L Q3_K_M \
+	Q3_K_S Q2_K Q6_K-drafter Q5_K_M-drafter Q5_K_S-drafter Q5_1-drafter Q5_0-drafter Q4_K_M-drafter Q4_K_S-drafter \
+	IQ4_NL-drafter IQ4_XS-drafter Q4_1-drafter Q4_0-drafter Q3_K_L-drafter Q3_K_M-drafter Q3_K_S-drafter Q2_K-drafter
 -include jobs.mk
 
 # another runtime makes the files anew

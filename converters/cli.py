@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,17 +15,20 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from convert_drafter.converters import show
+from convert_drafter.converters import show, show_quantize
 from convert_drafter.converters.convert import ConvertJob, prepare, write_conversion
 from convert_drafter.converters.dialects import RUNTIMES
 from convert_drafter.converters.errors import DrafterError
 from convert_drafter.converters.inspection import inspect
 from convert_drafter.converters.provenance import tool_version
+from convert_drafter.converters.quantize import QuantizeJob, prepare_quantize, write_quantization
 from convert_drafter.converters.recipes import RECIPES
 from convert_drafter.converters.redialect import RedialectJob, prepare_redialect, write_redialection
+from convert_drafter.converters.type_choice import TypeOptions
 
 INPUT = click.Path(path_type=Path)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
+TYPE_WISHES = ("tensor_types", "pure", "output_type", "embedding_type", "no_fallback")
 INTERRUPTED = 130  # what a shell reports for a process ended by Ctrl-C
 
 
@@ -52,6 +56,39 @@ def parse_settings(context: click.Context, parameter: click.Parameter, values: S
     return {key: text for key, _, text in pairs}
 
 
+def parse_types(
+    context: click.Context, parameter: click.Parameter, values: Sequence[str]
+) -> tuple[tuple[str, str], ...]:
+    """REGEX=TYPE; a regex may hold an equals sign, a type's name cannot."""
+    pairs = [value.rpartition("=") for value in values]
+    if any(not regex or not name for regex, _, name in pairs):
+        raise click.BadParameter("expected REGEX=TYPE", context, parameter)
+    return tuple((regex, name) for regex, _, name in pairs)
+
+
+def encoding_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """How weights are encoded: the same options for `convert` and `quantize`; the command gets `options`."""
+
+    @wraps(command)
+    def with_options(*arguments: Any, **given: Any) -> Any:
+        wishes = TypeOptions(**{name: given.pop(name) for name in TYPE_WISHES})
+        return command(*arguments, options=wishes, **given)
+
+    for option in reversed((
+        click.option("--tensor-type", "tensor_types", multiple=True, metavar="REGEX=TYPE", callback=parse_types,
+                     help="Give tensors a type of their own; the first regex found in a name decides."),
+        click.option("--pure", is_flag=True, help="The recipe's own type for every matrix, no mixture."),
+        click.option("--output-tensor-type", "output_type", metavar="TYPE", help="Type of the output head."),
+        click.option("--token-embedding-type", "embedding_type", metavar="TYPE", help="Type of the embedding."),
+        click.option("--no-fallback", is_flag=True, help="Refuse if a tensor's rows do not fit its type."),
+        click.option("--imatrix", "importance", type=INPUT, help="Importance of columns, from llama-imatrix."),
+        click.option("--threads", type=click.IntRange(1), help="Cores to use; all without it."),
+        click.option("--report", "measure", is_flag=True, help="Show what encoding did to each tensor."),
+    )):  # fmt: skip
+        with_options = option(with_options)
+    return with_options
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(tool_version(), prog_name="convert-drafter")
 def cli() -> None:
@@ -63,17 +100,15 @@ def cli() -> None:
 @click.option("--target", type=INPUT, help="The target's Hugging Face folder or GGUF: tokenizer, depth, hidden size.")
 @runtime_option
 @click.option(
-    "--quant",
-    "recipe",
-    type=click.Choice(list(RECIPES), case_sensitive=False),
-    required=True,
-    help="How weights are stored.",
-)
+    "--quant", "recipe", metavar="RECIPE", type=click.Choice(list(RECIPES), case_sensitive=False), required=True,
+    help="How weights are stored: Q8_0, Q4_K_M ... (`list recipes`).",
+)  # fmt: skip
 @click.option("-o", "--out", type=INPUT, required=True, help="The GGUF to write.")
 @click.option("--dry-run", is_flag=True, help="Show the plan; read no tensor data, write nothing.")
 @click.option("--strict", is_flag=True, help="Treat every warning as an error.")
 @click.option("--ignore-tensor", "ignore", multiple=True, metavar="GLOB", help="Leave a source tensor out on purpose.")
 @settings_option
+@encoding_options
 @json_option
 def convert(dry_run: bool, as_json: bool, **options: Any) -> None:
     """Convert SOURCE, a checkpoint folder or .safetensors file, to a GGUF.
@@ -90,6 +125,31 @@ def convert(dry_run: bool, as_json: bool, **options: Any) -> None:
     with progress(conversion.job.out.name, conversion.plan.n_bytes) as advance:
         report = write_conversion(conversion, advance)
     emit(as_json, show.report_json(report), lambda: show.report(report))
+
+
+@cli.command()
+@click.argument("source", metavar="IN.gguf", type=INPUT)
+@click.argument("out", metavar="OUT.gguf", type=INPUT)
+@click.argument("recipe", metavar="TYPE", type=click.Choice(list(RECIPES), case_sensitive=False))
+@click.option("--allow-requantize", is_flag=True, help="Take tensors that are quantized already; they lose twice.")
+@click.option("--dry-run", is_flag=True, help="Show types and sizes; read no tensor data, write nothing.")
+@click.option("--strict", is_flag=True, help="Treat every warning as an error.")
+@encoding_options
+@json_option
+def quantize(dry_run: bool, as_json: bool, **options: Any) -> None:
+    """Quantize any GGUF, of a drafter or of another model, as llama-quantize does. TYPE is a recipe.
+
+    \b
+    convert-drafter quantize dflash-BF16.gguf dflash-Q4_K_M.gguf Q4_K_M
+    """
+    decided = prepare_quantize(QuantizeJob(**options))
+    show.warnings(errors, decided.warnings)
+    if dry_run:
+        emit(as_json, show_quantize.quantization_json(decided), lambda: show_quantize.quantization(decided))
+        return
+    with progress(decided.job.out.name, decided.n_bytes) as advance:
+        report = write_quantization(decided, advance)
+    emit(as_json, show_quantize.quantized_json(report), lambda: show_quantize.quantized(report))
 
 
 @cli.command()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +23,17 @@ from convert_drafter.converters.drafters import Kind, detect
 from convert_drafter.converters.encoding import SLAB_WEIGHTS, Encoder, Tally, cores
 from convert_drafter.converters.errors import BadFact, Problems, WrongInput, WrongUsage
 from convert_drafter.converters.gguf_file import KeyValue, StoredTensor, partial_name, write_gguf
+from convert_drafter.converters.importance import Importance, read_importance, without_entry
 from convert_drafter.converters.ops import Array
 from convert_drafter.converters.plan import Matcher, Plan, PlannedTensor, match_tensors, plan_tensors
 from convert_drafter.converters.recipes import RECIPES, Recipe
+from convert_drafter.converters.roles import role_name
 from convert_drafter.converters.spec import DrafterSpec
 from convert_drafter.converters.target import Target, read_target, target_tokenizer
 from convert_drafter.converters.tokenizer import Tokenizer
+from convert_drafter.converters.type_choice import TypeOptions
 from convert_drafter.quant import TYPES
-from convert_drafter.quant.base import Bytes, Run
+from convert_drafter.quant.base import Bytes, F32Array, Run
 from convert_drafter.quant.measure import Errors
 
 OURS = (".gguf", ".partial")
@@ -41,7 +44,8 @@ QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION in ggml.h
 class ConvertJob:
     """What to convert. `settings` are the user's own config values (dotted path -> JSON text).
 
-    `threads` is the number of cores used (all of them without it); `measure` asks for each tensor's error.
+    `options` are wishes beside the recipe, `importance` is an importance matrix of the drafter's columns. `threads` is
+    the number of cores used (all of them without it); `measure` asks for each tensor's error.
     """
 
     source: Path
@@ -52,6 +56,8 @@ class ConvertJob:
     strict: bool = False
     ignore: tuple[str, ...] = ()
     settings: Mapping[str, str] = field(default_factory=dict)
+    importance: Path | None = None
+    options: TypeOptions = field(default_factory=TypeOptions)
     threads: int | None = None
     measure: bool = False
 
@@ -80,6 +86,7 @@ class Conversion:
     published: Published
     cell: Cell
     plan: Plan
+    importance: Importance | None
     keys: tuple[KeyValue, ...]
     warnings: tuple[str, ...]
 
@@ -124,7 +131,9 @@ def prepare(job: ConvertJob) -> Conversion:
     cell = find_cell(published.kind.name, job.runtime)
     refuse_overwriting(job.out, sources_of(job, checkpoint))
     matcher = published.match(job.ignore)
-    plan = plan_tensors(matcher, recipe, cell.tensor_name, cell.runtime, cell.needs)
+    importance = read_importance(job.importance) if job.importance else None
+    options = replace(job.options, importance=importance is not None)
+    plan = plan_tensors(matcher, recipe, cell.tensor_name, cell.runtime, cell.needs, options)
     target, architecture = published.target, published.target.architecture if published.target else None
     problems = [*matcher.problems, *objections(cell, spec, architecture), *_mispairing(spec, target)]
     if problems:
@@ -136,10 +145,12 @@ def prepare(job: ConvertJob) -> Conversion:
         *(f"{path}: the index does not name it, so it is not read" for path in checkpoint.unused),
         *doubts(cell, spec, architecture),
         *mask_doubt(spec, tokenizer),
+        *without_entry(importance, ((role_name(t.key), t.shape, t.choice.type) for t in plan.tensors)),
     )
     if warnings and job.strict:
         raise Problems(f"{job.source} (--strict)", warnings)
-    return Conversion(job, published, cell, plan, _keys(cell, recipe, published, job, tokenizer), warnings)
+    keys = _keys(cell, recipe, published, job, tokenizer, importance)
+    return Conversion(job, published, cell, plan, importance, keys, warnings)
 
 
 def convert(job: ConvertJob, advance: Callable[[int], None] = lambda n: None) -> Report:
@@ -158,17 +169,30 @@ def write_conversion(conversion: Conversion, advance: Callable[[int], None] = la
     with cores(job.threads) as run:
 
         def data(tensor: StoredTensor) -> Iterator[Array]:
-            return encoded(planned[tensor.name], head_dim, run, tallies.get(tensor.name))
+            found = planned[tensor.name]
+            return encoded(found, head_dim, run, columns_of(conversion, found), tallies.get(tensor.name))
 
         size = write_gguf(job.out, conversion.keys, stored, data, advance)
     source_bytes = sum(file.stat().st_size for file in conversion.published.checkpoint.files)
     return Report(conversion, job.out, source_bytes, size, {name: tally.errors for name, tally in tallies.items()})
 
 
-def encoded(tensor: PlannedTensor, head_dim: int, run: Run = map, tally: Tally | None = None) -> Iterator[Bytes]:
+def columns_of(conversion: Conversion, tensor: PlannedTensor) -> F32Array | None:
+    """Importance of a tensor's columns (row,) f32, if there is any; its entries have llama.cpp's names."""
+    importance = conversion.importance
+    return importance.for_tensor(role_name(tensor.key), tensor.shape[-1]) if importance else None
+
+
+def encoded(
+    tensor: PlannedTensor,
+    head_dim: int,
+    run: Run = map,
+    importance: F32Array | None = None,
+    tally: Tally | None = None,
+) -> Iterator[Bytes]:
     """The bytes of one output tensor, a slab of rows at a time; raises `WrongInput` naming tensor and row."""
     header, source = tensor.header, TYPES[tensor.header.dtype]
-    encoder = Encoder(header.file, header.name, source, tensor.choice.type, watch=tally and tally.watch)
+    encoder = Encoder(header.file, header.name, source, tensor.choice.type, importance, tally.watch if tally else None)
     max_bytes = SLAB_WEIGHTS * source.layout.itemsize
     for start, stop in row_ranges(header, max_bytes, head_dim if tensor.op.by_head else 1):
         rows = tensor.op.apply(read_rows(header, start, stop), head_dim)
@@ -254,7 +278,12 @@ def mask_doubt(spec: DrafterSpec, tokenizer: Tokenizer | None) -> Iterator[str]:
 
 
 def _keys(
-    cell: Cell, recipe: Recipe, published: Published, job: ConvertJob, tokenizer: Tokenizer | None
+    cell: Cell,
+    recipe: Recipe,
+    published: Published,
+    job: ConvertJob,
+    tokenizer: Tokenizer | None,
+    importance: Importance | None,
 ) -> tuple[KeyValue, ...]:
     """All metadata of the file, in its order: general, the drafter's facts, our own, the tokenizer's."""
     string, u32 = GGUFValueType.STRING, GGUFValueType.UINT32
@@ -271,6 +300,7 @@ def _keys(
         *provenance.source_keys(checkpoint, job.settings, job.ignore),
         *(provenance.target_keys(job.target, target, tokenizer) if job.target and target else ()),
         *(tokenizer.keys if tokenizer is not None and cell.tokenizer else ()),
+        *(importance.keys() if importance else ()),
     )
 
 

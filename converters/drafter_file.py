@@ -24,7 +24,6 @@ from convert_drafter.converters.inspection import Fact
 from convert_drafter.converters.roles import Role, TensorKey, describe
 from convert_drafter.converters.spec import MROPE_SECTIONS, REQUIRED, DrafterSpec, spec_from
 from convert_drafter.converters.target import Target
-from convert_drafter.converters.tokenizer import TOKENS
 
 T = GGUFValueType
 PYTHON: dict[GGUFValueType, type] = {T.UINT32: int, T.INT32: int, T.FLOAT32: float, T.BOOL: bool, T.STRING: str}
@@ -134,8 +133,6 @@ def _rows(cell: Cell) -> tuple[Row, ...]:
 
 def _with_given(cell: Cell, keys: Mapping[str, KeyValue], given: Facts) -> tuple[Cell, dict[str, KeyValue]]:
     """The cell and keys to read: the user's facts in rows before the file's own about the same, which are left out."""
-    if TOKENS in keys and keys[TOKENS].element is not T.STRING:
-        raise WrongInput(f"{TOKENS}: found {keys[TOKENS].type.name}, expected an array of STRING")
     rows = [replace(SETTABLE[name], key=f"--set {name}", codec=SAME) for name in given]
     stated = {row.key: KeyValue(row.key, row.type, given[row.field], row.element) for row in rows}
     replaced = {row.key.format(a=cell.arch) for row in _rows(cell) if row.field in given}

@@ -7,8 +7,9 @@ Every value is looked at when a file is opened, and kept in the file: memory hol
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -18,12 +19,14 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFValueType
 
 from convert_drafter.converters.errors import WrongInput
-from convert_drafter.converters.gguf_file import MAX_NAME, StoredTensor, file_access
+from convert_drafter.converters.gguf_file import MAX_NAME, KeyValue, StoredTensor, file_access
 from convert_drafter.converters.gguf_read import GGUFFile, read_gguf
+from convert_drafter.quant import QuantType
 
 F32Array = npt.NDArray[np.float32]
 
 MAGIC = b"GGUF"
+KEYS = "quantize.imatrix."
 DATASETS, CHUNK_COUNT, CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
 SUMS, COUNTS, MEANS = ".in_sum2", ".counts", ".in_sum"  # of a tensor's squared inputs, of its rows, of its inputs
 # llama-quantize leaves an entry of another length out for these, and stops for every other tensor (src/llama-quant.cpp)
@@ -52,6 +55,10 @@ class Importance:
     datasets: tuple[str, ...]
     chunk_count: int
 
+    def for_shape(self, name: str, shape: Sequence[int]) -> F32Array | None:
+        """`for_tensor` of a tensor of this shape in torch order, the last two of which are a matrix."""
+        return self.for_tensor(name, shape[-1], math.prod(shape[:-2]))
+
     def for_tensor(self, name: str, row: int, n_matrices: int = 1) -> F32Array | None:
         """Importance of a tensor's columns: (row,) f32, for stacked experts (n_matrices, row); None without an entry.
 
@@ -71,6 +78,29 @@ class Importance:
         # an expert that no token was sent to tells nothing: all its columns are equal
         means = np.divide(values, counts, out=np.ones_like(values), where=counts > 0)
         return means.reshape(row) if n_matrices == 1 else means.reshape(n_matrices, row)
+
+    def keys(self) -> tuple[KeyValue, ...]:
+        """What a quantized file says about the matrix, as llama-quantize does (tools/quantize/quantize.cpp)."""
+        string, u32 = GGUFValueType.STRING, GGUFValueType.UINT32
+        return (
+            KeyValue(f"{KEYS}file", string, self.path.name),
+            *(KeyValue(f"{KEYS}dataset", string, name) for name in self.datasets[:1]),
+            KeyValue(f"{KEYS}entries_count", u32, len(self.entries)),
+            *(KeyValue(f"{KEYS}chunks_count", u32, count) for count in (self.chunk_count,) if count),
+        )
+
+
+def without_entry(
+    importance: Importance | None, tensors: Iterable[tuple[str, Sequence[int], QuantType]]
+) -> Iterator[str]:
+    """A warning that names tensors (name, shape, type) which importance could have served but has nothing for."""
+    if importance is None:
+        return
+    weighted = [(name, shape) for name, shape, kind in tensors if kind.encode_weighted]
+    lacking = [name for name, shape in weighted if importance.for_shape(name, shape) is None]
+    if lacking:
+        names = ", ".join(lacking[:4]) + (" ..." if len(lacking) > 4 else "")
+        yield f"{importance.path}: no entry for {len(lacking)} of {len(weighted)} tensors, quantized without: {names}"
 
 
 def read_importance(path: Path) -> Importance:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -14,9 +14,10 @@ from convert_drafter.converters.dialects import CELLS
 from convert_drafter.converters.drafters import KINDS
 from convert_drafter.converters.inspection import Fact, Inspection
 from convert_drafter.converters.plan import Plan
-from convert_drafter.converters.recipes import RECIPES
+from convert_drafter.converters.recipes import F32_IN_DRAFTERS, KEPT_IN_DRAFTERS, LEAST, RECIPES, Choice
 from convert_drafter.converters.redialect import Redialection, RedialectReport
 from convert_drafter.quant import TYPES
+from convert_drafter.quant.measure import Errors
 
 WIDTH = 1000  # never fold: a terminal does it by itself, a file or a pipe should not have it
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -30,10 +31,6 @@ def size(n_bytes: int) -> str:
     return f"{value:.1f} {UNITS[unit]}" if unit else f"{n_bytes} B"
 
 
-def bits_per_weight(plan: Plan) -> float:
-    return 8 * plan.n_bytes / plan.n_weights
-
-
 def plain(text: str) -> str:
     """Text from a file without its control characters: they would reach the terminal."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
@@ -44,14 +41,15 @@ def warnings(console: Console, messages: Sequence[str]) -> None:
         console.print(f"warning: {plain(message)}", markup=False)
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
+def table(*columns: str) -> Table:
+    """An empty table; a column whose name begins with ">" is aligned to the right."""
+    made = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column.strip(">"), justify="right" if column.startswith(">") else "left", overflow="fold")
-    return table
+        made.add_column(column.strip(">"), justify="right" if column.startswith(">") else "left", overflow="fold")
+    return made
 
 
-def _render(*parts: Table | str) -> str:
+def render(*parts: Table | str) -> str:
     """Tables and lines as plain text; a console is only used to lay them out."""
     buffer = io.StringIO()
     console = Console(file=buffer, width=WIDTH, highlight=False, color_system=None)
@@ -64,23 +62,51 @@ def _render(*parts: Table | str) -> str:
 
 
 def plan(conversion: Conversion) -> str:
-    table = _table("tensor", "from", ">shape", "type", ">size", "why")
+    rows = table("tensor", "from", ">shape", "type", ">size", "why")
     for t in conversion.plan.tensors:
         shape = " x ".join(map(str, t.shape))
-        table.add_row(t.name, t.header.name, shape, t.choice.type.name, size(t.n_bytes), t.choice.reason)
+        rows.add_row(t.name, t.header.name, shape, t.choice.type.name, size(t.n_bytes), t.choice.reason)
     for drop in conversion.plan.dropped:
-        table.add_row("(left out)", drop.source, "", "", "", drop.reason)
-    return _render(table, "", _total(conversion.plan), *_fallbacks(conversion.plan))
+        rows.add_row("(left out)", drop.source, "", "", "", drop.reason)
+    return render(rows, "", _total(conversion.plan), *fallbacks(_choices(conversion.plan)))
+
+
+def total(tensors: int, weights: int, n_bytes: int) -> str:
+    return f"{tensors} tensors, {weights:,} weights, {size(n_bytes)}, {8 * n_bytes / weights:.2f} bits per weight"
 
 
 def _total(plan: Plan) -> str:
-    rate = bits_per_weight(plan)
-    return f"{len(plan.tensors)} tensors, {plan.n_weights:,} weights, {size(plan.n_bytes)}, {rate:.2f} bits per weight"
+    return total(len(plan.tensors), plan.n_weights, plan.n_bytes)
 
 
-def _fallbacks(plan: Plan) -> list[str]:
-    count = sum(t.choice.fell_back for t in plan.tensors)
-    return [f"{count} tensors could not take the recipe's type, see the last column"] if count else []
+def fallbacks(choices: Mapping[str, Choice]) -> list[str]:
+    """A line for each tensor, by name, that could not take its recipe's type, and their number."""
+    lines = [f"{name}: {choice.reason}" for name, choice in choices.items() if choice.fell_back]
+    return [*lines, f"{len(lines)} of {len(choices)} tensors fell back to another type"] if lines else []
+
+
+def _choices(plan: Plan) -> dict[str, Choice]:
+    return {tensor.name: tensor.choice for tensor in plan.tensors}
+
+
+def error_table(errors: Mapping[str, Errors], choices: Mapping[str, Choice]) -> list[str]:
+    """What quantization did to each tensor, as lines; none where nothing was measured."""
+    if not errors:
+        return []
+    rows = table("tensor", "type", ">rmse", ">relative", ">max", ">cosine")
+    for name, e in errors.items():
+        if not e.squared_error:
+            continue
+        figures = (f"{e.rmse:.3e}", f"{e.relative:.3%}", f"{e.max:.3e}", f"{e.cosine:.6f}")
+        rows.add_row(name, choices[name].type.name, *figures)
+    exact = sum(not e.squared_error for e in errors.values())
+    return ["", render(rows), *([f"{exact} more tensors are exact"] if exact else [])]
+
+
+def errors_json(errors: Mapping[str, Errors]) -> dict[str, dict[str, float]]:
+    return {
+        name: {"rmse": e.rmse, "relative": e.relative, "max": e.max, "cosine": e.cosine} for name, e in errors.items()
+    }
 
 
 def plan_json(conversion: Conversion) -> dict[str, Any]:
@@ -99,7 +125,7 @@ def plan_json(conversion: Conversion) -> dict[str, Any]:
         "dropped": [{"source": d.source, "reason": d.reason} for d in conversion.plan.dropped],
         "bytes": conversion.plan.n_bytes,
         "weights": conversion.plan.n_weights,
-        "bits_per_weight": bits_per_weight(conversion.plan),
+        "bits_per_weight": 8 * conversion.plan.n_bytes / conversion.plan.n_weights,
         "warnings": list(conversion.warnings),
         "launch": launch_command(conversion),
     }
@@ -114,29 +140,31 @@ def report(report: Report) -> str:
         f" {'included' if conversion.cell.tokenizer else 'not needed'}",
         f"  {_total(conversion.plan)}",
         *(f"  left out {drop.source}: {drop.reason}" for drop in conversion.plan.dropped),
-        *(f"  {line}" for line in _fallbacks(conversion.plan)),
+        *(f"  {line}" for line in fallbacks(_choices(conversion.plan))),
         *(f"  note: {note.text}" for note in conversion.cell.notes if note.concerns(conversion.published.spec)),
         "run it:",
         f"  {report.launch}",
+        *error_table(report.errors, _choices(conversion.plan)),
     ]
     return "\n".join(lines)
 
 
 def report_json(report: Report) -> dict[str, Any]:
     sizes = {"out": str(report.out), "source_bytes": report.source_bytes, "out_bytes": report.out_bytes}
-    return {**sizes, **plan_json(report.conversion)}
+    measured = {"errors": errors_json(report.errors)} if report.errors else {}
+    return {**sizes, **plan_json(report.conversion), **measured}
 
 
 # --- redialect ---
 
 
 def redialection(decided: Redialection) -> str:
-    tensors = _table("tensor", "from", ">shape", "type", ">size")
+    tensors = table("tensor", "from", ">shape", "type", ">size")
     for move in decided.moves:
         stored = move.stored
         shape = " x ".join(map(str, stored.shape))
         tensors.add_row(move.name, stored.name, shape, stored.type.name, size(stored.n_bytes))
-    return _render(_facts(decided.drafter.facts), "", tensors, "", _copied(decided))
+    return render(_facts(decided.drafter.facts), "", tensors, "", _copied(decided))
 
 
 def _copied(decided: Redialection) -> str:
@@ -182,7 +210,7 @@ def redialected_json(report: RedialectReport) -> dict[str, Any]:
 
 def inspection(found: Inspection) -> str:
     facts = _facts(found.facts)
-    tensors = _table("tensor", ">shape", "type", ">size")
+    tensors = table("tensor", ">shape", "type", ">size")
     for t in found.tensors:
         tensors.add_row(t.name, " x ".join(map(str, t.shape)), t.type, size(t.n_bytes))
     total = sum(t.n_bytes for t in found.tensors)
@@ -190,14 +218,14 @@ def inspection(found: Inspection) -> str:
     head = f"{found.path}: {what}, {found.format}"
     runtimes = [f"{name}: {reason or 'loads it'}" for name, reason in found.runtimes.items()]
     counts = f"{len(found.tensors)} tensors, {size(total)}"
-    return _render(head, "", facts, "", tensors, "", counts, *runtimes)
+    return render(head, "", facts, "", tensors, "", counts, *runtimes)
 
 
 def _facts(facts: Sequence[Fact]) -> Table:
-    table = _table("fact", "value", "from")
+    rows = table("fact", "value", "from")
     for fact in facts:
-        table.add_row(fact.name, _value(fact.value), fact.origin)
-    return table
+        rows.add_row(fact.name, _value(fact.value), fact.origin)
+    return rows
 
 
 def _value(value: Any) -> str:
@@ -232,9 +260,24 @@ def _dialects() -> list[dict[str, str]]:
 
 
 def _recipes() -> list[dict[str, str]]:
+    """One row a mixture; the same with a floor for drafters has a column."""
     return [
-        {"recipe": r.name, "bits per weight": f"{TYPES[r.weights].bits_per_weight:g}", "summary": r.summary}
+        {
+            "recipe": r.name,
+            "with a floor for drafters": drafter if (drafter := f"{r.name}-drafter") in RECIPES else "",
+            "bits per weight": f"{TYPES[r.weights].bits_per_weight:g}",
+            "summary": r.summary,
+        }
         for r in RECIPES.values()
+        if not r.kept
+    ]
+
+
+def _kept() -> list[dict[str, str]]:
+    least = [(named, LEAST) for named in KEPT_IN_DRAFTERS] + [(named, "F32") for named in F32_IN_DRAFTERS]
+    return [
+        {"tensors": ", ".join(named.patterns), "what they are": named.what, "at least": kind, "why": named.why}
+        for named, kind in least
     ]
 
 
@@ -249,12 +292,13 @@ LISTS: dict[str, Callable[[], list[dict[str, str]]]] = {
     "kinds": _kinds,
     "dialects": _dialects,
     "recipes": _recipes,
+    "kept": _kept,
     "types": _types,
 }
 
 
 def listing(rows: list[dict[str, str]]) -> str:
-    table = _table(*rows[0])
+    shown = table(*rows[0])
     for row in rows:
-        table.add_row(*row.values())
-    return _render(table)
+        shown.add_row(*row.values())
+    return render(shown)

@@ -29,7 +29,7 @@ from convert_drafter.converters import show
 from convert_drafter.converters.cli import cli, main
 from convert_drafter.converters.dialects import CELLS, RUNTIMES
 from convert_drafter.converters.drafters import KINDS
-from convert_drafter.converters.recipes import RECIPES
+from convert_drafter.converters.recipes import F32_IN_DRAFTERS, KEPT_IN_DRAFTERS, RECIPES
 from convert_drafter.quant import TYPES
 
 COMMAND = [sys.executable, "-m", "convert_drafter.converters.cli"]
@@ -104,7 +104,7 @@ def test_dry_run_shows_the_plan_and_writes_nothing(tmp_path: Path, convert: Run)
     done = convert(source, tmp_path / "out.gguf", "--dry-run")
     assert "blk.1.ffn_down.weight" in done.stdout
     assert "row 100 is no multiple of 32: F16 instead" in done.stdout
-    assert "2 tensors could not take the recipe's type" in done.stdout
+    assert "2 of 25 tensors fell back to another type" in done.stdout
     assert not (tmp_path / "out.gguf").exists()
 
 
@@ -151,10 +151,13 @@ def test_inspect_of_a_checkpoint_says_which_runtimes_load_it(tmp_path: Path, run
 
 @pytest.mark.parametrize("what", show.LISTS)
 def test_lists_come_from_the_tables(what: str, run: Run) -> None:
-    tables = {"kinds": KINDS, "dialects": [c.arch for c in CELLS.values()], "recipes": RECIPES, "types": TYPES}
+    kept = [pattern for named in (*KEPT_IN_DRAFTERS, *F32_IN_DRAFTERS) for pattern in named.patterns]
+    archs = [c.arch for c in CELLS.values()]
+    tables = {"kinds": KINDS, "dialects": archs, "recipes": RECIPES, "kept": kept, "types": TYPES}
     done = run("list", what)
     assert all(name in done.stdout for name in tables[what])
-    assert len(json.loads(run("list", what, "--json").stdout)) == len(tables[what])
+    rows = json.loads(run("list", what, "--json").stdout)
+    assert len(rows) == sum(line.strip() != "" for line in done.stdout.splitlines()) - 1
 
 
 @pytest.mark.parametrize("command", cli.commands)

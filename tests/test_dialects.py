@@ -317,6 +317,13 @@ def test_a_count_that_is_not_the_list_s_is_refused() -> None:
         read(cell, respelled(keys_of(cell, PLAIN), "n_target_layers", value=5))
 
 
+def test_tokens_that_are_no_list_are_refused() -> None:
+    cell = find_cell("dflash", "llama.cpp")
+    tokens = KeyValue("tokenizer.ggml.tokens", GGUFValueType.STRING, "<mask>")
+    with pytest.raises(WrongInput, match="tokens: found STRING, expected an array of STRING"):
+        read(cell, {**keys_of(cell, PLAIN), tokens.key: tokens})
+
+
 def test_two_keys_of_one_fact_have_to_agree() -> None:
     cell = find_cell("dflash", "llama.cpp")
     with pytest.raises(WrongInput, match=r"value_length: found 32, but another key says head_dim = 16"):

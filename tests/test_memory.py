@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-from make_drafter import write_drafter  # noqa: E402
+from make_drafter import write_drafter
 
 pytestmark = pytest.mark.slow
 

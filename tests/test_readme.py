@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from convert_drafter.converters import show
+from convert_drafter.converters import ConvertJob, convert, show
 from convert_drafter.converters.cli import main
+from convert_drafter.converters.recipes import RECIPES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-TABLES = ("kinds", "dialects", "recipes")
+RECIPES_PAGE = (ROOT / "docs" / "recipes.md").read_text()
+TABLES = {"kinds": README, "dialects": README, "recipes": RECIPES_PAGE, "kept": RECIPES_PAGE}
 EXAMPLE = re.compile(r"<!-- run(?:: (?P<how>[^>]+))? -->\n```console\n\$ (?P<command>.+)\n(?P<output>(?:.*\n)*?)```")
 EXAMPLES = [m for m in EXAMPLE.finditer(README) if m["how"] != "make"]
 
@@ -31,7 +33,7 @@ def markdown_table(what: str) -> str:
 
 @pytest.mark.parametrize("what", TABLES)
 def test_tables_are_the_code_s(what: str) -> None:
-    assert f"<!-- table: {what} -->\n{markdown_table(what)}\n" in README
+    assert f"<!-- table: {what} -->\n{markdown_table(what)}\n" in TABLES[what]
 
 
 @pytest.fixture
@@ -39,6 +41,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the fixtures in it, where a command of the README works as it stands."""
     (tmp_path / "fixtures").symlink_to(ROOT / "fixtures")
     monkeypatch.chdir(tmp_path)
+    pair = Path("fixtures/pair")
+    convert(ConvertJob(pair / "drafter", pair / "target", "llama.cpp", "BF16", Path("dflash-tiny-BF16.gguf")))
     return tmp_path
 
 
@@ -88,6 +92,13 @@ def test_batch_example_makes_its_files(tmp_path: Path) -> None:
     )
     assert missing.returncode != 0
     assert "set SRC_other to the checkpoint of other" in missing.stderr
+
+
+def test_batch_rules_are_there_for_every_recipe() -> None:
+    """R2."""
+    listed = re.search(r"^RECIPES := ((?:.*\\\n)*.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert listed is not None
+    assert listed[1].replace("\\\n", " ").split() == list(RECIPES)
 
 
 def test_readme_stays_short() -> None:

@@ -242,7 +242,10 @@ def read(cell: Cell, keys: Mapping[str, KeyValue]) -> dict[str, Any]:
     if not any(facts.get("window.layers", (True,))):  # a window that no layer uses is none
         facts = {name: value for name, value in facts.items() if not name.startswith("window.")}
     if TOKENS in keys:  # every loader that reads a tokenizer counts its tokens
-        facts.setdefault("vocab_size", len(keys[TOKENS].value))  # type: ignore[arg-type]
+        tokens = keys[TOKENS].value
+        if keys[TOKENS].element is not GGUFValueType.STRING or not isinstance(tokens, tuple):
+            raise WrongInput(f"{TOKENS}: found {keys[TOKENS].type.name}, expected an array of STRING")
+        facts.setdefault("vocab_size", len(tokens))
     for implied in cell.implied:
         if (value := implied.value(facts)) is not None:
             facts.setdefault(implied.field, value)
