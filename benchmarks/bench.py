@@ -78,7 +78,7 @@ def encoders() -> Iterator[Row]:
 def threads() -> Iterator[Row]:
     """All cores against one, by the clock on the wall."""
     rows = np.random.default_rng(0).standard_normal((4 * SHAPE[0], SHAPE[1]), dtype=np.float32)
-    for name in ("Q4_K", "Q6_K"):
+    for name in ("Q4_K", "Q6_K", "Q2_K", "IQ4_XS", "Q8_0"):
         with cores() as run:
             one, all_ = best_of(
                 ROUNDS,

@@ -66,7 +66,8 @@ def write_target(folder: Path) -> None:
     """Config and tokenizer of a target that fits: nothing more is read of it."""
     folder.mkdir(parents=True)
     facts = json.loads((PAIR / "target" / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**facts, "hidden_size": 5120, "num_hidden_layers": TARGET_LAYERS}))
+    layers = {"num_hidden_layers": TARGET_LAYERS, "layer_types": ["full_attention"] * TARGET_LAYERS}
+    (folder / "config.json").write_text(json.dumps({**facts, **layers, "hidden_size": 5120}))
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (folder / file).write_bytes((PAIR / "target" / file).read_bytes())
 

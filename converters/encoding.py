@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,15 +19,30 @@ from convert_drafter.quant.measure import Errors, measure
 SLAB_WEIGHTS = 4 << 20  # at a time: bounded memory, few enough reads, chunks enough for many cores
 
 
+PATIENCE = 1e-4  # seconds a thread waits for Python's lock before it asks for it; Python's own 5 ms idle a core
+
+
 @contextmanager
 def cores(count: int | None = None) -> Iterator[Run]:
     """A `map` on `count` threads, by default one for each core of this process; numpy works outside Python's lock."""
-    count = count or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else count or os.cpu_count() or 1
+    count = count or available_cores()
     if count == 1:
         yield map
         return
-    with ThreadPoolExecutor(count, thread_name_prefix="encode") as pool:
-        yield pool.map
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(PATIENCE)
+    try:
+        with ThreadPoolExecutor(count, thread_name_prefix="encode") as pool:
+            yield pool.map
+    finally:
+        sys.setswitchinterval(before)
+
+
+def available_cores() -> int:
+    """Cores this process may use, which in a container or a batch job are fewer than the machine's."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @dataclass

@@ -69,7 +69,7 @@ def _widen_bf16(blocks: Blocks) -> F32Array:
 F16_MAX = float(np.finfo(np.float16).max)
 BF16_MAX = 2.0**128 - 2.0**120
 
-CHUNK = 262_144
+CHUNK = 524_288
 
 F16 = QuantType("F16", 1, 1, np.dtype("<f2"), _narrow_f16, _widen_f16, F16_MAX, chunk=CHUNK)
 BF16 = QuantType("BF16", 30, 1, np.dtype("<u2"), _narrow_bf16, _widen_bf16, BF16_MAX, chunk=CHUNK)

@@ -41,4 +41,4 @@ def decode(blocks: Blocks) -> F32Array:
 
 
 # A grid's fit is at most 7 / 120 of the largest weight: where the largest is on 120 and all importance at one on 7.
-IQ4_NL = QuantType("IQ4_NL", 20, BLOCK, LAYOUT, encode, decode, 17 * F16_MAX, encode_weighted, 262_144)
+IQ4_NL = QuantType("IQ4_NL", 20, BLOCK, LAYOUT, encode, decode, 17 * F16_MAX, encode_weighted, 524_288)

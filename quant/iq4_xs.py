@@ -66,4 +66,4 @@ def decode(blocks: Blocks) -> F32Array:
 
 
 # A block's scale is at most 7 / 120 of its largest weight, as for IQ4_NL; here a 32nd of that is stored.
-IQ4_XS = QuantType("IQ4_XS", 23, SUPER, LAYOUT, encode, decode, 32 * 17 * F16_MAX, encode_weighted, 262_144)
+IQ4_XS = QuantType("IQ4_XS", 23, SUPER, LAYOUT, encode, decode, 32 * 17 * F16_MAX, encode_weighted, 524_288)

@@ -60,4 +60,4 @@ def decode(blocks: Blocks) -> F32Array:
 
 
 # ggml's log2f rounds FLT_MAX up to 2^128, and then the largest values overflow
-MXFP4 = QuantType("MXFP4", 39, BLOCK, LAYOUT, encode, decode, 2.0**127, chunk=262_144)
+MXFP4 = QuantType("MXFP4", 39, BLOCK, LAYOUT, encode, decode, 2.0**127, chunk=524_288)

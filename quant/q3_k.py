@@ -101,4 +101,4 @@ def decode(blocks: Blocks) -> F32Array:
     return weights.reshape(-1, SUPER)
 
 
-Q3_K = QuantType("Q3_K", 11, SUPER, LAYOUT, encode, decode, LARGEST, encode_weighted, chunk=32_768 * BLOCK)
+Q3_K = QuantType("Q3_K", 11, SUPER, LAYOUT, encode, decode, LARGEST, encode_weighted, chunk=49_152 * BLOCK)

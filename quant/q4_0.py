@@ -43,4 +43,4 @@ def decode(blocks: Blocks) -> F32Array:
 
 
 # A scale is at most 1.5 / 7.1 of the largest weight: where all importance is at one that is rounded from 1.5 to 1.
-Q4_0 = QuantType("Q4_0", 2, BLOCK, LAYOUT, encode, decode, 4 * F16_MAX, encode_weighted, chunk=262_144)
+Q4_0 = QuantType("Q4_0", 2, BLOCK, LAYOUT, encode, decode, 4 * F16_MAX, encode_weighted, chunk=524_288)

@@ -44,4 +44,4 @@ def decode(blocks: Blocks) -> F32Array:
 
 
 # Fitted with importance, a minimum of a few times the largest weight is possible; it becomes infinite as in ggml.
-Q4_1 = QuantType("Q4_1", 3, BLOCK, LAYOUT, encode, decode, F16_MAX, encode_weighted, chunk=262_144)
+Q4_1 = QuantType("Q4_1", 3, BLOCK, LAYOUT, encode, decode, F16_MAX, encode_weighted, chunk=524_288)

@@ -57,4 +57,4 @@ def decode(blocks: Blocks) -> F32Array:
 
 
 # A scale is at most 1.5 / 15.1 of the largest weight: where all importance is at one that is rounded from 1.5 to 1.
-Q5_0 = QuantType("Q5_0", 6, BLOCK, LAYOUT, encode, decode, 10 * F16_MAX, encode_weighted, chunk=262_144)
+Q5_0 = QuantType("Q5_0", 6, BLOCK, LAYOUT, encode, decode, 10 * F16_MAX, encode_weighted, chunk=524_288)

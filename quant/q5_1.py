@@ -60,4 +60,4 @@ def decode(blocks: Blocks) -> F32Array:
 
 
 # Fitted with importance, a minimum of a few times the largest weight is possible; it becomes infinite as in ggml.
-Q5_1 = QuantType("Q5_1", 7, BLOCK, LAYOUT, encode, decode, F16_MAX, encode_weighted, chunk=262_144)
+Q5_1 = QuantType("Q5_1", 7, BLOCK, LAYOUT, encode, decode, F16_MAX, encode_weighted, chunk=524_288)

@@ -68,7 +68,8 @@ def fill_codes(blocks: F32Array, scale: F32Array, nmax: int, searched: Callable[
     A block whose stored scale is zero keeps the codes of the search: `searched` maps k of its places to (16, k) u8.
     """
     exact = scratch("fill_codes.exact", blocks.shape)
-    np.divide(blocks, np.repeat(scale, BLOCK).reshape(blocks.shape), out=exact)
+    np.copyto(exact.reshape(-1, BLOCK), scale[:, None])  # np.repeat would keep other threads waiting
+    np.divide(blocks, exact, out=exact)
     if not scale.all():
         places = np.flatnonzero(scale == 0)
         exact.reshape(-1, BLOCK)[places] = searched(places).T.astype(F) - F(nmax)
@@ -105,4 +106,4 @@ def decode(blocks: Blocks) -> F32Array:
     return weights.reshape(-1, SUPER)
 
 
-Q6_K = QuantType("Q6_K", 14, SUPER, LAYOUT, encode, decode, LARGEST, encode_weighted, chunk=20_480 * BLOCK)
+Q6_K = QuantType("Q6_K", 14, SUPER, LAYOUT, encode, decode, LARGEST, encode_weighted, chunk=32_768 * BLOCK)

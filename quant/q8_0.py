@@ -45,4 +45,4 @@ def decode(blocks: Blocks) -> F32Array:
     return weights
 
 
-Q8_0 = QuantType("Q8_0", 8, BLOCK, LAYOUT, encode, decode, TOP * F16_MAX, chunk=262_144)
+Q8_0 = QuantType("Q8_0", 8, BLOCK, LAYOUT, encode, decode, TOP * F16_MAX, chunk=524_288)
