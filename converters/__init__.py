@@ -8,6 +8,14 @@ from __future__ import annotations
 from convert_drafter.converters.convert import Conversion, ConvertJob, Report, convert, prepare, write_conversion
 from convert_drafter.converters.errors import DrafterError, MissingEngine, Problems, WrongInput, WrongUsage
 from convert_drafter.converters.inspection import Inspection, inspect
+from convert_drafter.converters.quantize import (
+    Quantization,
+    QuantizeJob,
+    QuantizeReport,
+    prepare_quantize,
+    quantize,
+    write_quantization,
+)
 from convert_drafter.converters.redialect import (
     Redialection,
     RedialectJob,
@@ -16,6 +24,7 @@ from convert_drafter.converters.redialect import (
     redialect,
     write_redialection,
 )
+from convert_drafter.converters.type_choice import TypeOptions
 
 __all__ = [
     "Conversion",
@@ -24,17 +33,24 @@ __all__ = [
     "Inspection",
     "MissingEngine",
     "Problems",
+    "Quantization",
+    "QuantizeJob",
+    "QuantizeReport",
     "RedialectJob",
     "RedialectReport",
     "Redialection",
     "Report",
+    "TypeOptions",
     "WrongInput",
     "WrongUsage",
     "convert",
     "inspect",
     "prepare",
+    "prepare_quantize",
     "prepare_redialect",
+    "quantize",
     "redialect",
     "write_conversion",
+    "write_quantization",
     "write_redialection",
 ]

@@ -132,7 +132,7 @@ def prepare_quantize(job: QuantizeJob) -> Quantization:
     return Quantization(job, file, importance, recodings, keys, warnings)
 
 
-def quantize_file(job: QuantizeJob, advance: Callable[[int], None] = lambda n: None) -> QuantizeReport:
+def quantize(job: QuantizeJob, advance: Callable[[int], None] = lambda n: None) -> QuantizeReport:
     """Write the GGUF of a job. `advance` is told the bytes written. Raises before or instead of writing, never half."""
     return write_quantization(prepare_quantize(job), advance)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,13 +17,22 @@ from published import PAIR
 from test_cli import Run, run  # noqa: F401
 from test_importance import entry, gguf_bytes
 
-from convert_drafter.converters import ConvertJob, Problems, WrongInput, WrongUsage, convert
+from convert_drafter.converters import (
+    ConvertJob,
+    Problems,
+    QuantizeJob,
+    WrongInput,
+    WrongUsage,
+    convert,
+    prepare_quantize,
+    quantize,
+)
 from convert_drafter.converters.checkpoint import read_rows
 from convert_drafter.converters.gguf_file import KeyValue, StoredTensor, write_gguf
 from convert_drafter.converters.gguf_read import read_gguf
-from convert_drafter.converters.quantize import QuantizeJob, prepare_quantize, quantize_file
 from convert_drafter.converters.type_choice import TypeOptions
-from convert_drafter.quant import TYPES, dequantize, quantize
+from convert_drafter.quant import TYPES, dequantize
+from convert_drafter.quant import quantize as encode
 from convert_drafter.quant.measure import measure
 
 STRING, U32 = GGUFValueType.STRING, GGUFValueType.UINT32
@@ -51,7 +61,7 @@ def model(path: Path, kind: str = "F32", row: int = 512, **changes: np.ndarray) 
     weights = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()} | changes
     matrices = {name for name, array in weights.items() if array.ndim > 1 and "gate_inp" not in name}
     types = {name: kind if name in matrices else "F32" for name in weights}
-    data = {name: quantize(array, TYPES[types[name]]) for name, array in weights.items()}
+    data = {name: encode(array, TYPES[types[name]]) for name, array in weights.items()}
     stored = [StoredTensor(n, a.shape, GGMLQuantizationType[types[n]]) for n, a in weights.items()]
     stored.append(StoredTensor("d2t", (8,), GGMLQuantizationType.I64))
     data["d2t"] = np.arange(64, dtype=np.uint8)
@@ -72,7 +82,7 @@ def types_of(path: Path) -> dict[str, str]:
 def test_a_foreign_architecture(tmp_path: Path) -> None:
     source, out = model(tmp_path / "in.gguf"), tmp_path / "out.gguf"
     before = hashlib.sha256(source.read_bytes()).hexdigest()
-    quantize_file(QuantizeJob(source, out, "Q4_K_M"))
+    quantize(QuantizeJob(source, out, "Q4_K_M"))
     assert hashlib.sha256(source.read_bytes()).hexdigest() == before
     assert types_of(out) == {
         "token_embd.weight": "Q4_K",
@@ -86,7 +96,7 @@ def test_a_foreign_architecture(tmp_path: Path) -> None:
     }
     for name, kind in types_of(out).items():
         if kind in ("Q4_K", "Q6_K"):
-            expected = quantize(weights_of(source, name), TYPES[kind])
+            expected = encode(weights_of(source, name), TYPES[kind])
         else:
             expected = read_gguf(source).tensor_bytes(name)
         assert np.array_equal(read_gguf(out).tensor_bytes(name), expected), name
@@ -94,7 +104,7 @@ def test_a_foreign_architecture(tmp_path: Path) -> None:
 
 def test_keys_are_kept_but_for_what_the_weights_are(tmp_path: Path) -> None:
     source, out = model(tmp_path / "in.gguf"), tmp_path / "out.gguf"
-    quantize_file(QuantizeJob(source, out, "Q5_K_S"))
+    quantize(QuantizeJob(source, out, "Q5_K_S"))
     expected = {entry.key: entry for entry in KEYS if not entry.key.startswith("quantize.")}
     expected["general.file_type"] = KeyValue("general.file_type", U32, 16)
     expected["general.quantization_version"] = KeyValue("general.quantization_version", U32, 2)
@@ -105,24 +115,24 @@ def test_keys_are_kept_but_for_what_the_weights_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["BF16", "F16"])
 def test_sources_of_half_precision(tmp_path: Path, kind: str) -> None:
     source, out = model(tmp_path / "in.gguf", kind), tmp_path / "out.gguf"
-    quantize_file(QuantizeJob(source, out, "Q6_K"))
+    quantize(QuantizeJob(source, out, "Q6_K"))
     name = "blk.0.ffn_down_exps.weight"
-    assert np.array_equal(read_gguf(out).tensor_bytes(name), quantize(weights_of(source, name), TYPES["Q6_K"]))
+    assert np.array_equal(read_gguf(out).tensor_bytes(name), encode(weights_of(source, name), TYPES["Q6_K"]))
 
 
 def test_quantized_sources_are_refused_and_can_be_allowed(tmp_path: Path) -> None:
     source, out = model(tmp_path / "in.gguf", "Q8_0"), tmp_path / "out.gguf"
     with pytest.raises(Problems, match=r"blk\.0\.attn_v\.weight: is Q8_0 already.*--allow-requantize"):
-        quantize_file(QuantizeJob(source, out, "Q4_0"))
+        quantize(QuantizeJob(source, out, "Q4_0"))
     assert not out.exists()
-    quantize_file(QuantizeJob(source, out, "Q4_0", allow_requantize=True))
+    quantize(QuantizeJob(source, out, "Q4_0", allow_requantize=True))
     name = "blk.0.attn_v.weight"
-    assert np.array_equal(read_gguf(out).tensor_bytes(name), quantize(weights_of(source, name), TYPES["Q4_0"]))
+    assert np.array_equal(read_gguf(out).tensor_bytes(name), encode(weights_of(source, name), TYPES["Q4_0"]))
 
 
 def test_a_tensor_that_has_its_type_already_is_copied(tmp_path: Path) -> None:
     source, out = model(tmp_path / "in.gguf", "Q8_0"), tmp_path / "out.gguf"
-    quantize_file(QuantizeJob(source, out, "Q8_0"))
+    quantize(QuantizeJob(source, out, "Q8_0"))
     for name in types_of(source):
         assert np.array_equal(read_gguf(out).tensor_bytes(name), read_gguf(source).tensor_bytes(name))
 
@@ -135,8 +145,8 @@ def test_types_that_are_only_read(tmp_path: Path) -> None:
     data[:, 1::n_bytes] &= 0x3F  # f16 scales that are finite
     stored = StoredTensor("blk.0.ffn_up.weight", (4, 512), kind)
     write_gguf(source, KEYS, [stored], lambda tensor: [data])
-    quantize_file(QuantizeJob(source, out, "Q8_0", allow_requantize=True))
-    expected = quantize(gguf.quants.dequantize(data, kind), TYPES["Q8_0"])
+    quantize(QuantizeJob(source, out, "Q8_0", allow_requantize=True))
+    expected = encode(gguf.quants.dequantize(data, kind), TYPES["Q8_0"])
     assert np.array_equal(read_gguf(out).tensor_bytes(stored.name), expected)
 
 
@@ -153,7 +163,7 @@ def test_a_weight_that_is_no_number_names_tensor_and_row(tmp_path: Path, bad: fl
 
     write_gguf(source, KEYS, list(file.tensors.values()), data)
     with pytest.raises(WrongInput, match=r"in\.gguf: blk\.1\.attn_v\.weight: row 77: found (nan|inf)"):
-        quantize_file(QuantizeJob(source, out, "Q4_K_M"))
+        quantize(QuantizeJob(source, out, "Q4_K_M"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["good.gguf", "in.gguf"]
 
 
@@ -164,7 +174,7 @@ def test_the_source_is_never_the_output(tmp_path: Path, link: object) -> None:
     if callable(link):
         link(source, out)
     with pytest.raises(WrongUsage, match="is the same file as the source"):
-        quantize_file(QuantizeJob(source, out, "Q4_K_M"))
+        quantize(QuantizeJob(source, out, "Q4_K_M"))
 
 
 def test_the_importance_matrix_is_never_the_output(tmp_path: Path) -> None:
@@ -176,15 +186,15 @@ def test_the_importance_matrix_is_never_the_output(tmp_path: Path) -> None:
 def test_threads_do_not_change_the_file(tmp_path: Path) -> None:
     source = model(tmp_path / "in.gguf")
     for threads in (1, 3):
-        quantize_file(QuantizeJob(source, tmp_path / f"{threads}.gguf", "Q3_K_M", threads=threads))
+        quantize(QuantizeJob(source, tmp_path / f"{threads}.gguf", "Q3_K_M", threads=threads))
     assert (tmp_path / "1.gguf").read_bytes() == (tmp_path / "3.gguf").read_bytes()
 
 
 def test_slabs_do_not_change_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = model(tmp_path / "in.gguf")
-    quantize_file(QuantizeJob(source, tmp_path / "whole.gguf", "Q4_K_M"))
-    monkeypatch.setattr("convert_drafter.converters.quantize.SLAB_WEIGHTS", 3 * 512)
-    quantize_file(QuantizeJob(source, tmp_path / "slabs.gguf", "Q4_K_M"))
+    quantize(QuantizeJob(source, tmp_path / "whole.gguf", "Q4_K_M"))
+    monkeypatch.setattr(sys.modules[quantize.__module__], "SLAB_WEIGHTS", 3 * 512)
+    quantize(QuantizeJob(source, tmp_path / "slabs.gguf", "Q4_K_M"))
     assert (tmp_path / "whole.gguf").read_bytes() == (tmp_path / "slabs.gguf").read_bytes()
 
 
@@ -199,29 +209,29 @@ def test_importance_weighs_the_tensors_it_has_entries_for(tmp_path: Path) -> Non
     """No tool collects importance for a whole drafter (users' demand 16): what has none goes on without."""
     source, out, name = model(tmp_path / "in.gguf"), tmp_path / "out.gguf", "blk.0.attn_v.weight"
     path = importance(tmp_path, {})
-    report = quantize_file(QuantizeJob(source, out, "Q4_K_S", importance=path))
+    report = quantize(QuantizeJob(source, out, "Q4_K_S", importance=path))
     (warning,) = report.quantization.warnings
     assert warning.startswith(
         f"{path}: no entry for 4 of 5 tensors, quantized without: token_embd.weight, output.weight"
     )
     columns = np.random.default_rng(1).random(512).astype(np.float32) / np.float32(4)
     kind = TYPES[types_of(out)[name]]
-    assert np.array_equal(read_gguf(out).tensor_bytes(name), quantize(weights_of(source, name), kind, columns))
+    assert np.array_equal(read_gguf(out).tensor_bytes(name), encode(weights_of(source, name), kind, columns))
     other = "blk.1.attn_v.weight"
-    assert np.array_equal(read_gguf(out).tensor_bytes(other), quantize(weights_of(source, other), kind))
+    assert np.array_equal(read_gguf(out).tensor_bytes(other), encode(weights_of(source, other), kind))
     assert read_gguf(out).keys["quantize.imatrix.file"].value == "importance.gguf"
     with pytest.raises(Problems, match="no entry for 4 of 5 tensors"):
-        quantize_file(QuantizeJob(source, tmp_path / "strict.gguf", "Q4_K_S", importance=path, strict=True))
+        quantize(QuantizeJob(source, tmp_path / "strict.gguf", "Q4_K_S", importance=path, strict=True))
 
 
 def test_every_expert_has_its_own_importance(tmp_path: Path) -> None:
     source, out, name = model(tmp_path / "in.gguf"), tmp_path / "out.gguf", "blk.0.ffn_down_exps.weight"
     columns = np.random.default_rng(2).random((3, 512)).astype(np.float32)
     path = importance(tmp_path, entry(columns.reshape(-1), [1.0, 1.0, 1.0], name))
-    quantize_file(QuantizeJob(source, out, "Q4_K_S", importance=path))
+    quantize(QuantizeJob(source, out, "Q4_K_S", importance=path))
     kind = TYPES[types_of(out)[name]]
     experts = weights_of(source, name)
-    expected = b"".join(quantize(e, kind, c).tobytes() for e, c in zip(experts, columns, strict=True))
+    expected = b"".join(encode(e, kind, c).tobytes() for e, c in zip(experts, columns, strict=True))
     assert read_gguf(out).tensor_bytes(name).tobytes() == expected
 
 
@@ -316,6 +326,6 @@ def test_options_reach_a_conversion(tmp_path: Path) -> None:
     assert types_of(out)[name] == "Q5_K"
     source = report.conversion.published.checkpoint.tensors["layers.1.self_attn.k_proj.weight"]
     weights = read_rows(source, 0, source.shape[0]).astype(np.float32)
-    assert np.array_equal(read_gguf(out).tensor_bytes(name), quantize(weights, TYPES["Q5_K"], columns))
+    assert np.array_equal(read_gguf(out).tensor_bytes(name), encode(weights, TYPES["Q5_K"], columns))
     assert report.errors[name].relative < 0.1
     assert "no entry for" in report.conversion.warnings[-1]

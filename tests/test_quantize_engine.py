@@ -12,9 +12,8 @@ from published import PAIR
 from target_gguf import write_target
 from test_importance import dat_bytes, entry, gguf_bytes
 
-from convert_drafter.converters import ConvertJob, convert
+from convert_drafter.converters import ConvertJob, QuantizeJob, convert, quantize
 from convert_drafter.converters.gguf_read import GGUFFile, read_gguf
-from convert_drafter.converters.quantize import QuantizeJob, quantize_file
 from convert_drafter.converters.recipes import RECIPES
 from convert_drafter.converters.type_choice import TypeOptions
 
@@ -64,7 +63,7 @@ def assert_same_tensors(ours: GGUFFile, theirs: GGUFFile) -> None:
 def test_a_drafter_in_every_recipe(drafter: Path, tmp_path: Path, recipe: str) -> None:
     """In one pass from the checkpoint, and from the BF16 file."""
     theirs = llama_quantize(drafter, tmp_path / "theirs.gguf", recipe)
-    quantize_file(QuantizeJob(drafter, tmp_path / "ours.gguf", recipe))
+    quantize(QuantizeJob(drafter, tmp_path / "ours.gguf", recipe))
     assert_same_file(read_gguf(tmp_path / "ours.gguf"), theirs)
     convert(ConvertJob(PAIR / "drafter", PAIR / "target", "llama.cpp", recipe, tmp_path / "pass.gguf"))
     assert_same_file(read_gguf(tmp_path / "pass.gguf"), theirs)
@@ -73,7 +72,7 @@ def test_a_drafter_in_every_recipe(drafter: Path, tmp_path: Path, recipe: str) -
 @pytest.mark.parametrize("recipe", OF_LLAMA_QUANTIZE)
 def test_a_target_in_every_recipe(target: Path, tmp_path: Path, recipe: str) -> None:
     theirs = llama_quantize(target, tmp_path / "theirs.gguf", recipe)
-    quantize_file(QuantizeJob(target, tmp_path / "ours.gguf", recipe))
+    quantize(QuantizeJob(target, tmp_path / "ours.gguf", recipe))
     assert_same_file(read_gguf(tmp_path / "ours.gguf"), theirs)
 
 
@@ -83,7 +82,7 @@ def test_a_file_that_is_quantized_already(target: Path, tmp_path: Path, recipe: 
     for first in ("Q8_0", "Q6_K", "IQ3_S"):
         llama_quantize(target, tmp_path / "first.gguf", first)
         theirs = llama_quantize(tmp_path / "first.gguf", tmp_path / "theirs.gguf", recipe, "--allow-requantize")
-        quantize_file(QuantizeJob(tmp_path / "first.gguf", tmp_path / "ours.gguf", recipe, allow_requantize=True))
+        quantize(QuantizeJob(tmp_path / "first.gguf", tmp_path / "ours.gguf", recipe, allow_requantize=True))
         assert_same_file(read_gguf(tmp_path / "ours.gguf"), theirs)
 
 
@@ -101,7 +100,7 @@ def test_the_options_of_llama_quantize(
     target: Path, tmp_path: Path, given: tuple[str, ...], options: TypeOptions
 ) -> None:
     theirs = llama_quantize(target, tmp_path / "theirs.gguf", "Q4_K_M", *given)
-    quantize_file(QuantizeJob(target, tmp_path / "ours.gguf", "Q4_K_M", options=options))
+    quantize(QuantizeJob(target, tmp_path / "ours.gguf", "Q4_K_M", options=options))
     assert_same_file(read_gguf(tmp_path / "ours.gguf"), theirs)
 
 
@@ -129,7 +128,7 @@ def test_with_an_importance_matrix(drafter: Path, tmp_path: Path, recipe: str, f
         sums = [(name.removesuffix(".in_sum2"), 17, values) for name, (_, values) in entries.items() if "sum2" in name]
         path.write_bytes(dat_bytes(sums))
     theirs = llama_quantize(drafter, tmp_path / "theirs.gguf", recipe, "--imatrix", path)
-    decided = quantize_file(QuantizeJob(drafter, tmp_path / "ours.gguf", recipe, importance=path)).quantization
+    decided = quantize(QuantizeJob(drafter, tmp_path / "ours.gguf", recipe, importance=path)).quantization
     assert "no entry for" in decided.warnings[0]
     ignored = frozenset({"quantize.imatrix.file"})  # a path there, a name here: a file names no folder of its maker
     assert_same_file(read_gguf(tmp_path / "ours.gguf"), theirs, ignored)
