@@ -55,8 +55,8 @@ demo: $(VENV)/.verify ## Convert the tiny drafter, quantize it, check that it dr
 	$(DRAFTER) inspect $(PAIR)/drafter
 	$(DRAFTER) convert $(PAIR)/drafter --target $(PAIR)/target --for llama.cpp --quant BF16 -o out/tiny-BF16.gguf
 	$(DRAFTER) quantize out/tiny-BF16.gguf out/tiny-Q8_0.gguf Q8_0
-	$(DRAFTER) convert $(PAIR)/drafter --target $(PAIR)/target --for llama.cpp --quant Q4_K_M-drafter --report -o out/tiny-Q4_K_M-drafter.gguf
-	$(BIN)/python fixtures/measure_pair.py --gguf out/tiny-BF16.gguf --gguf out/tiny-Q8_0.gguf --gguf out/tiny-Q4_K_M-drafter.gguf
+	$(DRAFTER) convert $(PAIR)/drafter --target $(PAIR)/target --for llama.cpp --quant Q5_K_M-drafter --report -o out/tiny-Q5_K_M-drafter.gguf
+	$(BIN)/python fixtures/measure_pair.py --gguf out/tiny-BF16.gguf --gguf out/tiny-Q8_0.gguf --gguf out/tiny-Q5_K_M-drafter.gguf
 
 test: $(VENV)/.dev ## Run the tests (no network, no llama.cpp, a few minutes)
 	$(BIN)/python -m pytest
