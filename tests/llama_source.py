@@ -67,7 +67,8 @@ def fetch(package: str, version: str, scratch: Path) -> Path:
     subprocess.run([sys.executable, "-m", "pip", "download", *options, f"{package}=={version}"], check=True)
     (archive,) = scratch.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
-        tar.extractall(scratch, [m for m in tar.getmembers() if NEEDED.match(m.name)], filter="data")
+        filtered = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Python 3.11 has it from 3.11.4 on
+        tar.extractall(scratch, [m for m in tar.getmembers() if NEEDED.match(m.name)], **filtered)
     return scratch / archive.name.removesuffix(".tar.gz")
 
 
