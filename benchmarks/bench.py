@@ -29,6 +29,7 @@ from engine import llama_binary  # noqa: E402
 from ggml_oracle import ggml_quantize  # noqa: E402
 from llama_source import run_converter  # noqa: E402
 
+from convert_drafter.converters.cli import PATIENCE  # noqa: E402
 from convert_drafter.converters.encoding import cores  # noqa: E402
 from convert_drafter.quant import TYPES, quantize  # noqa: E402
 
@@ -189,6 +190,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="put the table into benchmarks/README.md")
     parser.add_argument("--rounds", type=int, default=3, help="turns of the whole job")
     options = parser.parse_args()
+    sys.setswitchinterval(PATIENCE)  # as the command does
     lines = [f"Measured on {machine()}.", "", "| what | ratio | bar | |", "|---|--:|--:|---|"]
     print("\n".join(lines))
     for row in rows(options.rounds):

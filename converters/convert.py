@@ -180,7 +180,9 @@ def write_conversion(conversion: Conversion, advance: Callable[[int], None] = la
 def columns_of(conversion: Conversion, tensor: PlannedTensor) -> F32Array | None:
     """Importance of a tensor's columns (row,) f32, if there is any; its entries have llama.cpp's names."""
     importance = conversion.importance
-    return importance.for_tensor(role_name(tensor.key), tensor.shape[-1]) if importance else None
+    if importance is None or tensor.choice.type.encode_weighted is None:
+        return None
+    return importance.for_shape(role_name(tensor.key), tensor.shape)
 
 
 def encoded(
@@ -192,7 +194,7 @@ def encoded(
 ) -> Iterator[Bytes]:
     """The bytes of one output tensor, a slab of rows at a time; raises `WrongInput` naming tensor and row."""
     header, source = tensor.header, TYPES[tensor.header.dtype]
-    encoder = Encoder(header.file, header.name, source, tensor.choice.type, importance, tally.watch if tally else None)
+    encoder = Encoder(header.file, header.name, source, tensor.choice.type, importance, tally)
     max_bytes = SLAB_WEIGHTS * source.layout.itemsize
     for start, stop in row_ranges(header, max_bytes, head_dim if tensor.op.by_head else 1):
         rows = tensor.op.apply(read_rows(header, start, stop), head_dim)
@@ -227,6 +229,8 @@ def refuse_overwriting(out: Path, sources: Iterable[Path]) -> None:
     for source in sources if taken else ():
         if any(path.samefile(source) for path in taken):
             raise WrongUsage(f"{out}: is the same file as the source {source}; choose another output")
+    if out.is_symlink():  # renaming onto it would replace the link and leave what it points to as it was
+        raise WrongUsage(f"{out}: is a link to {out.readlink()}, expected the name of the file itself")
 
 
 def launch_command(conversion: Conversion) -> str:

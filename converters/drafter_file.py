@@ -21,7 +21,7 @@ from convert_drafter.converters.errors import BadFact, Problems, WrongInput, Wro
 from convert_drafter.converters.gguf_file import ARCHITECTURE, KeyValue, StoredTensor
 from convert_drafter.converters.gguf_read import GGUFFile, read_gguf
 from convert_drafter.converters.inspection import Fact
-from convert_drafter.converters.roles import Role, TensorKey, describe
+from convert_drafter.converters.roles import Role, TensorKey, describe, role_name
 from convert_drafter.converters.spec import MROPE_SECTIONS, REQUIRED, DrafterSpec, spec_from
 from convert_drafter.converters.target import Target
 
@@ -192,6 +192,17 @@ def _spec(file: GGUFFile, facts: Sequence[Fact]) -> DrafterSpec:
 
 
 # --- tensors ---
+
+
+def llama_cpp_names(file: GGUFFile) -> dict[str, str]:
+    """llama.cpp's names of a drafter's tensors by the file's own; empty if no dialect has its architecture."""
+    entry = file.keys.get(ARCHITECTURE)
+    cell = None if entry is None else cell_of_arch(str(entry.value))
+    if cell is None:
+        return {}
+    layers = range(len(file.tensors))  # no layer is without a tensor
+    keys = [(rule.role, i) for rule in rules_of(cell.kind) for i in (layers if rule.role.per_layer else [None])]
+    return {name: role_name(key) for key in keys for name in names_of(cell, key) if name in file.tensors}
 
 
 def names_of(cell: Cell, key: TensorKey) -> list[str]:

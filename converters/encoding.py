@@ -3,43 +3,37 @@
 from __future__ import annotations
 
 import os
-import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from convert_drafter.converters.errors import WrongInput
-from convert_drafter.quant import OutOfRange, QuantType, transcode
+from convert_drafter.quant import OutOfRange, QuantType, ScaleOverflow, transcode
 from convert_drafter.quant.base import Blocks, Bytes, F32Array, Run
 from convert_drafter.quant.measure import Errors, measure
 
 SLAB_WEIGHTS = 4 << 20  # at a time: bounded memory, few enough reads, chunks enough for many cores
 
 
-PATIENCE = 1e-4  # seconds a thread waits for Python's lock before it asks for it; Python's own 5 ms idle a core
+MOST_CORES = 8  # each thread holds up to 60 MiB, and Python's lock eats what more of them would gain
 
 
 @contextmanager
 def cores(count: int | None = None) -> Iterator[Run]:
     """A `map` on `count` threads, by default one for each core of this process; numpy works outside Python's lock."""
-    count = count or available_cores()
+    count = count or min(available_cores(), MOST_CORES)
     if count == 1:
         yield map
         return
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(PATIENCE)
-    try:
-        with ThreadPoolExecutor(count, thread_name_prefix="encode") as pool:
-            yield pool.map
-    finally:
-        sys.setswitchinterval(before)
+    with ThreadPoolExecutor(count, thread_name_prefix="encode") as pool:
+        yield pool.map
 
 
 def available_cores() -> int:
-    """Cores this process may use, which in a container or a batch job are fewer than the machine's."""
+    """Cores this process may use, which can be fewer than the machine's."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -47,16 +41,18 @@ def available_cores() -> int:
 
 @dataclass
 class Tally:
-    """The errors of a tensor, added up by any thread."""
+    """The errors of a tensor, collected from any thread and added up in the order of its weights."""
 
     kind: QuantType
-    errors: Errors = field(default_factory=Errors)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    parts: dict[int, Errors] = field(default_factory=dict)
 
-    def watch(self, weights: F32Array, blocks: Blocks) -> None:
-        found = measure(weights, self.kind.decode(blocks).reshape(weights.shape))
-        with self._lock:
-            self.errors += found
+    def watch(self, first: int, start: int, weights: F32Array, blocks: Blocks) -> None:
+        """A chunk whose weights begin at `start` after the slab's `first`."""
+        self.parts[first + start] = measure(weights, self.kind.decode(blocks).reshape(weights.shape))
+
+    @property
+    def errors(self) -> Errors:
+        return sum((self.parts[index] for index in sorted(self.parts)), Errors())
 
 
 @dataclass(frozen=True)
@@ -68,17 +64,24 @@ class Encoder:
     source: QuantType
     kind: QuantType
     importance: F32Array | None = None
-    watch: Callable[[F32Array, Blocks], object] | None = None
+    tally: Tally | None = None
 
     def rows(self, data: Bytes, shape: tuple[int, ...], first: int, run: Run) -> Bytes:
         """The bytes of rows first.. as they are stored, encoded anew; raises `WrongInput` naming tensor and row."""
+        row = shape[-1]
+        watch = partial(self.tally.watch, first * row) if self.tally else None
         try:
-            return transcode(data, self.source, self.kind, shape, self.importance, run, self.watch)
+            return transcode(data, self.source, self.kind, shape, self.importance, run, watch)
         except OutOfRange as found:
-            row = first + found.index // shape[-1]
             finite = abs(found.value) < float("inf")  # False for NaN
-            advice = "choose --quant BF16 or F32" if finite else "the file is damaged"
+            advice = "choose BF16 or F32" if finite else "the file is damaged"
             raise WrongInput(
-                f"{self.file}: {self.name}: row {row}: found {found.value:g}, expected a finite number up to"
-                f" {found.largest:g} ({self.kind.name}); {advice}"
+                f"{self.file}: {self.name}: row {first + found.index // row}: found {found.value:g}, expected a finite"
+                f" number up to {found.largest:g} ({self.kind.name}); {advice}"
+            ) from found
+        except ScaleOverflow as found:
+            what = "weights too large or their importance too uneven" if self.importance is not None else "too large"
+            raise WrongInput(
+                f"{self.file}: {self.name}: row {first + found.index // row}: a block's scale overflows in"
+                f" {self.kind.name}: {what}; choose BF16 or give the tensor another type with --tensor-type"
             ) from found

@@ -133,6 +133,8 @@ def read_gguf(path: Path) -> GGUFFile:
     """Read and check all metadata of a little-endian GGUF, version 2 or 3, and no tensor data; raises `WrongInput`."""
     keys: dict[str, KeyValue] = {}
     tensors: dict[str, StoredTensor] = {}
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise WrongInput(f"{path}: is a device or a pipe, expected a file")
     with file_access(path, "read"), path.open("rb") as file:
         cursor = _Cursor(path, file)
         version, n_tensors, n_keys = _read_counts(cursor)

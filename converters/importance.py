@@ -93,11 +93,17 @@ class Importance:
 def without_entry(
     importance: Importance | None, tensors: Iterable[tuple[str, Sequence[int], QuantType]]
 ) -> Iterator[str]:
-    """A warning that names tensors (name, shape, type) which importance could have served but has nothing for."""
+    """A warning that names tensors (name, shape, type) which importance could have served but has nothing for.
+
+    Raises `WrongInput` for an entry that was measured on another model.
+    """
     if importance is None:
         return
-    weighted = [(name, shape) for name, shape, kind in tensors if kind.encode_weighted]
-    lacking = [name for name, shape in weighted if importance.for_shape(name, shape) is None]
+    quantized = [(name, kind, importance.for_shape(name, shape)) for name, shape, kind in tensors if kind.block > 1]
+    weighted = [name for name, kind, _ in quantized if kind.encode_weighted]
+    lacking = [name for name, kind, found in quantized if kind.encode_weighted and found is None]
+    if not weighted:
+        yield f"{importance.path}: used for nothing: no tensor gets a type that weighs columns"
     if lacking:
         names = ", ".join(lacking[:4]) + (" ..." if len(lacking) > 4 else "")
         yield f"{importance.path}: no entry for {len(lacking)} of {len(weighted)} tensors, quantized without: {names}"

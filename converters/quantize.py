@@ -16,9 +16,9 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
 
 from convert_drafter.converters.convert import QUANTIZATION_VERSION, find_recipe, launch_line, refuse_overwriting
-from convert_drafter.converters.drafter_file import read_drafter_file
+from convert_drafter.converters.drafter_file import llama_cpp_names, read_drafter_file
 from convert_drafter.converters.encoding import SLAB_WEIGHTS, Encoder, Tally, cores
-from convert_drafter.converters.errors import DrafterError, Problems, WrongUsage
+from convert_drafter.converters.errors import DrafterError, Problems, WrongInput, WrongUsage
 from convert_drafter.converters.gguf_file import KeyValue, StoredTensor, write_gguf
 from convert_drafter.converters.gguf_read import GGUFFile, read_gguf
 from convert_drafter.converters.importance import KEYS as IMATRIX_KEYS
@@ -51,9 +51,10 @@ class QuantizeJob:
 
 @dataclass(frozen=True)
 class Recoding:
-    """One tensor: as it is stored, the type it gets, and whether there is importance for its columns."""
+    """One tensor: as it is stored, llama.cpp's name for it, its type, whether there is importance for its columns."""
 
     stored: StoredTensor
+    name: str
     choice: Choice
     weighted: bool = False
 
@@ -115,20 +116,23 @@ def prepare_quantize(job: QuantizeJob) -> Quantization:
     refuse_overwriting(job.out, (job.source, *([job.importance] if job.importance else ())))
     importance = read_importance(job.importance) if job.importance else None
     options = replace(job.options, importance=importance is not None)
-    tensors = list(file.tensors.values())
-    candidates = [Candidate(t.name, t.shape, stored_type(t.type)) for t in tensors]
+    if not file.tensors:
+        raise WrongInput(f"{job.source}: found no tensor, expected at least one: there is nothing to quantize")
+    tensors, names = list(file.tensors.values()), llama_cpp_names(file)
+    common = [names.get(tensor.name, tensor.name) for tensor in tensors]
+    candidates = [Candidate(name, t.shape, stored_type(t.type)) for name, t in zip(common, tensors, strict=True)]
     choices = choose_types(recipe, candidates, facts_of_file(file), options)
-    recodings = tuple(
-        Recoding(tensor, choice, _has_importance(importance, tensor, choice))
-        for tensor, choice in zip(tensors, choices, strict=True)
-    )
+    recodings = tuple(map(Recoding, tensors, common, choices))
+    if importance:
+        recodings = tuple(replace(r, weighted=_has_importance(importance, r)) for r in recodings)
     if problems := list(_problems(job, recodings)):
         raise Problems(str(job.source), problems)
-    encoded = ((r.stored.name, r.stored.shape, r.choice.type) for r in recodings if not r.copied)
+    encoded = ((r.name, r.stored.shape, r.choice.type) for r in recodings if not r.copied)
     warnings = tuple(without_entry(importance, encoded))
     if warnings and job.strict:
         raise Problems(f"{job.source} (--strict)", warnings)
-    keys = tuple(_keys(file, recipe.file_type, importance))
+    used = importance if any(recoding.weighted for recoding in recodings) else None
+    keys = tuple(_keys(file, recipe.file_type, used))
     return Quantization(job, file, importance, recodings, keys, warnings)
 
 
@@ -168,6 +172,17 @@ def stored_type(kind: GGMLQuantizationType) -> QuantType:
     return QuantType(kind.name, kind.value, block, layout, refuse, decode, math.inf)
 
 
+def _is_readable(kind: GGMLQuantizationType) -> bool:
+    """Whether the type can be decoded: integers and some of ggml's internal types cannot."""
+    if kind.name in TYPES:
+        return True
+    try:
+        gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
+
+
 def _recoded(decided: Quantization, recoding: Recoding, run: Run, tally: Tally | None) -> Iterator[Bytes]:
     """The bytes of one tensor, a slab of rows at a time; stacked matrices one after the other."""
     file, stored, kind = decided.file, recoding.stored, recoding.choice.type
@@ -176,27 +191,34 @@ def _recoded(decided: Quantization, recoding: Recoding, run: Run, tally: Tally |
         return
     source, row, matrices = stored_type(stored.type), stored.shape[-1], math.prod(stored.shape[:-2])
     rows = stored.shape[-2] if len(stored.shape) > 1 else 1
-    importance = decided.importance.for_shape(stored.name, stored.shape) if decided.importance else None
+    weighted = decided.importance if recoding.weighted else None
+    importance = weighted.for_shape(recoding.name, stored.shape) if weighted else None
     step = max(1, SLAB_WEIGHTS // row)
     for matrix in range(matrices):
         columns = None if importance is None else importance.reshape(-1, row)[matrix]
-        encoder = Encoder(file.path, stored.name, source, kind, columns, tally.watch if tally else None)
+        encoder = Encoder(file.path, stored.name, source, kind, columns, tally)
         for first in range(matrix * rows, (matrix + 1) * rows, step):
             last = min(first + step, (matrix + 1) * rows)
             data = file.tensor_bytes(stored.name, first * stored.row_bytes, last * stored.row_bytes)
             yield encoder.rows(data, (last - first, row), first, run)
 
 
-def _has_importance(importance: Importance | None, tensor: StoredTensor, choice: Choice) -> bool:
-    if importance is None or choice.type.encode_weighted is None:
+def _has_importance(importance: Importance, recoding: Recoding) -> bool:
+    if recoding.copied or recoding.choice.type.encode_weighted is None:
         return False
-    return importance.for_shape(tensor.name, tensor.shape) is not None
+    return importance.for_shape(recoding.name, recoding.stored.shape) is not None
 
 
 def _problems(job: QuantizeJob, recodings: tuple[Recoding, ...]) -> Iterator[str]:
     for recoding in recodings:
         kind = recoding.stored.type.name
-        if recoding.copied or kind in UNQUANTIZED or job.allow_requantize:
+        if recoding.copied or kind in UNQUANTIZED:
+            continue
+        if not _is_readable(recoding.stored.type):
+            expected = "F32, F16, BF16 or a quantized type"
+            yield f"{recoding.stored.name}: found {kind}, which cannot be decoded, expected {expected}"
+            continue
+        if job.allow_requantize:
             continue
         yield (
             f"{recoding.stored.name}: is {kind} already, and encoding it as {recoding.choice.type.name} loses weight"

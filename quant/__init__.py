@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from convert_drafter.quant.base import F32, OutOfRange, QuantType, check_range, dequantize, quantize, transcode
+from convert_drafter.quant.base import (
+    F32,
+    OutOfRange,
+    QuantType,
+    ScaleOverflow,
+    check_range,
+    dequantize,
+    quantize,
+    transcode,
+)
 from convert_drafter.quant.floats import BF16, F16
 from convert_drafter.quant.iq4_nl import IQ4_NL
 from convert_drafter.quant.iq4_xs import IQ4_XS
@@ -23,4 +32,4 @@ TYPES: dict[str, QuantType] = {
     for kind in (F32, F16, BF16, Q8_0, Q6_K, Q5_K, Q5_1, Q5_0, Q4_K, Q4_1, Q4_0, IQ4_NL, IQ4_XS, MXFP4, Q3_K, Q2_K)
 }
 
-__all__ = ["TYPES", "OutOfRange", "QuantType", "check_range", "dequantize", "quantize", "transcode"]
+__all__ = ["TYPES", "OutOfRange", "QuantType", "ScaleOverflow", "check_range", "dequantize", "quantize", "transcode"]

@@ -35,7 +35,7 @@ class QuantType:
     layout: np.dtype[Any]
     encode: Callable[[F32Array], Blocks]
     decode: Callable[[Blocks], F32Array]
-    largest: float  # magnitude up to which a weight can be stored; more would become an infinity
+    largest: float  # magnitude up to which weights are taken; where a fit needs too large a scale, less is refused
     encode_weighted: Callable[[F32Array, F32Array], Blocks] | None = None
     chunk: int = 65_536  # 256 KiB of f32 stay in the cache of every core we know
 
@@ -67,20 +67,25 @@ def check_range(weights: F32Array, kind: QuantType, first: int = 0) -> None:
     raise OutOfRange(float(flat[index]), first + index, kind.largest)
 
 
-def check_scales(weights: F32Array, blocks: Blocks, first: int = 0) -> None:
-    """Raise `OutOfRange` where a block's f16 scale overflowed, which extreme importance can do to large weights."""
-    halves = [name for name in blocks.dtype.names or () if blocks.dtype[name] == np.float16]
-    if all(np.isfinite(blocks[name]).all() for name in halves):
-        return
-    index = int(np.abs(weights).argmax())
-    value = float(weights.reshape(-1)[index])
-    raise OutOfRange(value, first + index, abs(value) / 2)
+class ScaleOverflow(ValueError):
+    """A block's f16 scale became infinite; `index` is that of the block's first weight in the tensor."""
+
+    def __init__(self, kind: QuantType, index: int) -> None:
+        super().__init__(f"weights {index} to {index + kind.block - 1}: their scale overflows in {kind.name}")
+        self.kind, self.index = kind, index
+
+
+def check_scales(blocks: Blocks, kind: QuantType, first: int = 0) -> None:
+    """Raise `ScaleOverflow`: a fit to large weights, above all under uneven importance, can ask for such a scale."""
+    for name in blocks.dtype.names or ():
+        if blocks.dtype[name] == np.float16 and not (finite := np.isfinite(blocks[name])).all():
+            raise ScaleOverflow(kind, first + int(np.argmin(finite)) * kind.block)
 
 
 def quantize(rows: F32Array, kind: QuantType, importance: F32Array | None = None, run: Run = map) -> Bytes:
     """Encode f32 rows (..., row) to the bytes of a GGUF tensor, as ggml's `ggml_quantize_chunk` does.
 
-    `importance` (row,) weighs the columns' errors. Raises ValueError where a row is no whole blocks, `OutOfRange`.
+    `importance` (row,) weighs the columns' errors. Raises as `transcode`.
     """
     rows = np.ascontiguousarray(rows, dtype=np.float32)
     return transcode(rows.reshape(-1).view(np.uint8), F32, kind, rows.shape, importance, run)
@@ -98,34 +103,39 @@ def transcode(
     shape: Sequence[int],
     importance: F32Array | None = None,
     run: Run = map,
-    watch: Callable[[F32Array, Blocks], object] | None = None,
+    watch: Callable[[int, F32Array, Blocks], object] | None = None,
 ) -> Bytes:
     """From the bytes of one type to those of another, a chunk at a time; `run` may hand chunks to threads.
 
-    `shape` is in torch order. Blocks of the same type are checked and copied. `watch` sees each chunk's weights and
-    blocks, in any order and from any thread. Raises ValueError where a row is no whole blocks, `OutOfRange`.
+    `shape` is in torch order, `importance` (row,) f32. Blocks of the same type are checked and copied. `watch` sees
+    each chunk's first index, weights and blocks, in any order and from any thread. Raises ValueError where a row is no
+    whole blocks or importance not one row, `OutOfRange`, `ScaleOverflow`.
     """
+    if importance is not None and importance.shape != (shape[-1],):
+        raise ValueError(f"importance: found shape {importance.shape}, expected ({shape[-1]},)")
     out = np.empty(kind.n_bytes(shape), np.uint8).view(kind.layout)
     blocks, row, total = data.view(source.layout), shape[-1], math.prod(shape)
     weighted = kind.encode_weighted if importance is not None else None
+    columns = np.ascontiguousarray(0 if importance is None else importance, dtype=np.float32)
     step = max(1, kind.chunk // row) * row if weighted else kind.chunk
 
     def encode(start: int) -> None:
         stop = min(start + step, total)
         held = blocks[start // source.block : stop // source.block]
         place = out[start // kind.block : stop // kind.block]
-        weights = source.decode(held)
+        with np.errstate(all="ignore"):  # damaged blocks may decode to anything, and are refused below
+            weights = source.decode(held)
         check_range(weights, kind, start)
         if source is kind:
             encoded = held
-        elif weighted is not None and importance is not None:
-            encoded = weighted(weights.reshape(-1, row), importance)
+        elif weighted is not None:
+            encoded = weighted(weights.reshape(-1, row), columns)
         else:
             encoded = kind.encode(weights.reshape(-1, kind.block))
         place.view(np.uint8)[...] = encoded.view(np.uint8)  # field by field would take ten times as long
-        check_scales(weights, place, start)
+        check_scales(place, kind, start)
         if watch is not None:
-            watch(weights, place)
+            watch(start, weights, place)
 
     for _ in run(encode, range(0, total, step)):
         pass  # an executor's map raises here what a chunk raised

@@ -20,7 +20,7 @@ def columns(rows: F32Array, block: int, name: str) -> F32Array:
     """(..., k * block) f32 -> (block, n) f32, a scratch array of the caller's name."""
     blocks = rows.reshape(-1, block)
     out = scratch(name, blocks.shape[::-1])
-    step = 8192 // block  # turned in pieces of 32 KiB, which the nearest cache holds
+    step = max(1, 8192 // block)  # turned in pieces of 32 KiB, which the nearest cache holds
     for start in range(0, len(blocks), step):
         np.copyto(out[:, start : start + step], blocks[start : start + step].T)
     return out
@@ -45,7 +45,7 @@ EINSUM_IS_EXACT = _einsum_is_exact()
 def column_sums(a: F32Array) -> F32Array:
     """Sum of each column in index order, (block, n) f32 C-contiguous -> (n,) f32."""
     if a.shape[1] == 1:  # numpy would see one contiguous row, which it sums pairwise
-        return np.asarray(np.add.accumulate(a, axis=0)[-1])
+        return np.asarray(np.add.accumulate(a, axis=0)[-1] + np.float32(0))  # C begins with 0: never -0
     return np.asarray(np.add.reduce(a, axis=0))
 
 

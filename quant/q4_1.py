@@ -43,5 +43,5 @@ def decode(blocks: Blocks) -> F32Array:
     return weights
 
 
-# Fitted with importance, a minimum of a few times the largest weight is possible; it becomes infinite as in ggml.
+# Fitted with importance, a minimum of a few times the largest weight is possible: `check_scales` refuses it.
 Q4_1 = QuantType("Q4_1", 3, BLOCK, LAYOUT, encode, decode, F16_MAX, encode_weighted, chunk=524_288)

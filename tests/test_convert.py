@@ -376,7 +376,7 @@ def test_embedding_the_config_disowns_is_dropped_with_the_reason(tmp_path: Path)
         (np.nan, "F32", "row 5: found nan, expected a finite number"),
         (np.inf, "BF16", "row 5: found inf, expected a finite number"),
         (-np.inf, "Q8_0", "row 5: found -inf, expected a finite number"),
-        (1e5, "F16", "row 5: found 99840, expected a finite number up to 65504 (F16); choose --quant BF16 or F32"),
+        (1e5, "F16", "row 5: found 99840, expected a finite number up to 65504 (F16); choose BF16 or F32"),
         (-1e8, "Q8_0", "up to 8.31901e+06 (Q8_0)"),
     ],
 )

@@ -20,7 +20,7 @@ from pathlib import Path
 from convert_drafter.converters import ConvertJob, convert
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 if len(sys.argv) > 1:
-    convert(ConvertJob(Path(sys.argv[1]), None, "lucebox", sys.argv[2], Path(sys.argv[3])))
+    convert(ConvertJob(Path(sys.argv[1]), None, "lucebox", sys.argv[2], Path(sys.argv[3]), threads=2))
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 

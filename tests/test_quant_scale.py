@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from convert_drafter.quant import TYPES, OutOfRange, dequantize, quantize, scale_search
+from convert_drafter.quant import TYPES, ScaleOverflow, dequantize, quantize, scale_search
 from convert_drafter.quant.columns import as_c
 from convert_drafter.quant.scale_descent import descend_plain, descend_scale
 from convert_drafter.quant.scale_search import largest_of, search_codes, search_plain, search_scale
@@ -202,5 +202,5 @@ def test_bytes_equal_ggml_with_and_without_importance(kind: str, seed: int) -> N
             if np.isfinite(np.frombuffer(expected, TYPES[kind].layout)["scale"]).all():
                 assert quantize(rows, TYPES[kind], weights).tobytes() == expected
             else:  # a scale that ggml writes as infinite is refused
-                with pytest.raises(OutOfRange):
+                with pytest.raises(ScaleOverflow):
                     quantize(rows, TYPES[kind], weights)

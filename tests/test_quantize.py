@@ -241,6 +241,46 @@ def test_importance_of_another_model_is_refused(tmp_path: Path) -> None:
         prepare_quantize(QuantizeJob(model(tmp_path / "in.gguf"), tmp_path / "out.gguf", "Q4_K_M", importance=path))
 
 
+@pytest.mark.parametrize("runtime", ["llama.cpp", "ik_llama.cpp", "lucebox"])
+def test_the_floor_for_drafters_knows_every_dialect(tmp_path: Path, runtime: str) -> None:
+    """A drafter's own tensors have other names in other runtimes; one pass and two give the same file."""
+    target = None if runtime == "lucebox" else PAIR / "target"
+    for recipe in ("BF16", "Q2_K-drafter"):
+        convert(ConvertJob(PAIR / "drafter", target, runtime, recipe, tmp_path / f"{recipe}.gguf"))
+    quantize(QuantizeJob(tmp_path / "BF16.gguf", tmp_path / "two.gguf", "Q2_K-drafter"))
+    assert (tmp_path / "two.gguf").read_bytes() == (tmp_path / "Q2_K-drafter.gguf").read_bytes()
+    assert types_of(tmp_path / "two.gguf")[next(n for n in types_of(tmp_path / "two.gguf") if "fc" in n)] == "Q8_0"
+
+
+def test_importance_that_serves_nothing_is_said(tmp_path: Path) -> None:
+    source, path = model(tmp_path / "in.gguf"), importance(tmp_path, {})
+    report = quantize(QuantizeJob(source, tmp_path / "out.gguf", "F16", importance=path))
+    assert report.quantization.warnings == (f"{path}: used for nothing: no tensor gets a type that weighs columns",)
+    assert not [key for key in read_gguf(report.out).keys if key.startswith("quantize.imatrix")]
+
+
+@pytest.mark.parametrize("allow", [False, True])
+def test_types_that_nobody_can_decode_are_named(tmp_path: Path, allow: bool) -> None:
+    stored = StoredTensor("blk.0.ffn_up.weight", (4, 256), GGMLQuantizationType.I32)
+    write_gguf(tmp_path / "in.gguf", KEYS, [stored], lambda tensor: [np.zeros(1024, np.int32)])
+    with pytest.raises(Problems, match=r"ffn_up\.weight: found I32, which cannot be decoded, expected F32, F16, BF16"):
+        prepare_quantize(QuantizeJob(tmp_path / "in.gguf", tmp_path / "out.gguf", "Q8_0", allow_requantize=allow))
+
+
+def test_a_link_is_no_output(tmp_path: Path) -> None:
+    (tmp_path / "link.gguf").symlink_to(tmp_path / "real.gguf")
+    with pytest.raises(
+        WrongUsage, match=r"link\.gguf: is a link to .*real\.gguf, expected the name of the file itself"
+    ):
+        prepare_quantize(QuantizeJob(model(tmp_path / "in.gguf"), tmp_path / "link.gguf", "Q8_0"))
+
+
+def test_a_pipe_is_no_input(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(WrongInput, match="is a device or a pipe, expected a file"):
+        prepare_quantize(QuantizeJob(tmp_path / "pipe", tmp_path / "out.gguf", "Q8_0"))
+
+
 def test_fallbacks_are_announced_and_can_be_refused(tmp_path: Path, run: Run) -> None:  # noqa: F811
     """A6-10, and users' demand 17: 141 of 417 tensors fell back and nobody was told."""
     source, out = model(tmp_path / "in.gguf", row=288), tmp_path / "out.gguf"

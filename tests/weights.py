@@ -69,6 +69,7 @@ def named_importance(width: int, seed: int = 2) -> dict[str, np.ndarray]:
     return {
         "uniform": plain,
         "equal": np.ones(width, F),
+        "mostly zeros": np.where(rng.random(width) < 0.94, 0, plain).astype(F),
         "zeros among them": np.where(rng.random(width) < 0.2, 0, plain).astype(F),
         "all zero": np.zeros(width, F),
         "wide spread": (10.0 ** rng.uniform(-12, 6, width)).astype(F),
