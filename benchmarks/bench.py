@@ -92,15 +92,25 @@ def threads() -> Iterator[Row]:
 
 def spent(command: Sequence[object], log: Path) -> tuple[float, float, int]:
     """(wall seconds, CPU seconds, peak MiB) of a command."""
+    peak = 0
     with log.open("w") as out:
         start = time.perf_counter()
         process = subprocess.Popen([*map(str, command)], stdout=out, stderr=out)
-        _, status, usage = os.wait4(process.pid, 0)
+        while not (done := os.wait4(process.pid, os.WNOHANG))[0]:
+            peak = max(peak, peak_mib(process.pid))
+            time.sleep(0.02)
         wall = time.perf_counter() - start
+    _, status, usage = done
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{' '.join(map(str, command))} failed:\n{log.read_text()[-2000:]}")
-    return wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss // 1024
+    return wall, usage.ru_utime + usage.ru_stime, peak
+
+
+def peak_mib(pid: int) -> int:
+    """Peak resident set so far; getrusage would count what this process held when it started the other one."""
+    found = re.search(r"^VmHWM:\s+(\d+) kB$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return int(found[1]) // 1024 if found else 0
 
 
 def ours(folder: Path, recipe: str) -> list[object]:
