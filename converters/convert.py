@@ -149,7 +149,8 @@ def prepare(job: ConvertJob) -> Conversion:
     )
     if warnings and job.strict:
         raise Problems(f"{job.source} (--strict)", warnings)
-    keys = _keys(cell, recipe, published, job, tokenizer, importance)
+    weighs = importance and any(importance.weighs(role_name(t.key), t.shape, t.choice.type) for t in plan.tensors)
+    keys = _keys(cell, recipe, published, job, tokenizer, importance if weighs else None)
     return Conversion(job, published, cell, plan, importance, keys, warnings)
 
 
@@ -179,10 +180,10 @@ def write_conversion(conversion: Conversion, advance: Callable[[int], None] = la
 
 def columns_of(conversion: Conversion, tensor: PlannedTensor) -> F32Array | None:
     """Importance of a tensor's columns (row,) f32, if there is any; its entries have llama.cpp's names."""
-    importance = conversion.importance
-    if importance is None or tensor.choice.type.encode_weighted is None:
+    importance, name = conversion.importance, role_name(tensor.key)
+    if importance is None or not importance.weighs(name, tensor.shape, tensor.choice.type):
         return None
-    return importance.for_shape(role_name(tensor.key), tensor.shape)
+    return importance.for_shape(name, tensor.shape)
 
 
 def encoded(

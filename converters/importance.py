@@ -15,15 +15,13 @@ from io import BufferedReader
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFValueType
 
 from convert_drafter.converters.errors import WrongInput
 from convert_drafter.converters.gguf_file import MAX_NAME, KeyValue, StoredTensor, file_access
 from convert_drafter.converters.gguf_read import GGUFFile, read_gguf
 from convert_drafter.quant import QuantType
-
-F32Array = npt.NDArray[np.float32]
+from convert_drafter.quant.base import F32Array
 
 MAGIC = b"GGUF"
 KEYS = "quantize.imatrix."
@@ -55,6 +53,11 @@ class Importance:
     datasets: tuple[str, ...]
     chunk_count: int
 
+    def weighs(self, name: str, shape: Sequence[int], kind: QuantType) -> bool:
+        """Whether a tensor of this type has an entry to be weighted by; raises as `for_tensor`, reads nothing."""
+        found = self._entry(name, shape[-1] * math.prod(shape[:-2]))
+        return found is not None and kind.encode_weighted is not None
+
     def for_shape(self, name: str, shape: Sequence[int]) -> F32Array | None:
         """`for_tensor` of a tensor of this shape in torch order, the last two of which are a matrix."""
         return self.for_tensor(name, shape[-1], math.prod(shape[:-2]))
@@ -64,20 +67,24 @@ class Importance:
 
         Raises `WrongInput` where the entry is of another length: it was measured on another model.
         """
-        entry = self.entries.get(name)
+        entry = self._entry(name, row * n_matrices)
         if entry is None:
             return None
-        if entry.size != row * n_matrices:
-            if name in EMBEDDINGS:
-                return None
-            expected = f"{row * n_matrices} (its row times its matrices); it was measured on another model"
-            raise WrongInput(f"{self.path}: {name}: found {entry.size} values, expected {expected}")
         with file_access(self.path, "read"), self.path.open("rb") as file:
             values = _read_values(self.path, file, name, entry.start, entry.size).reshape(len(entry.counts), -1)
         counts = np.array(entry.counts, np.float32)[:, None]
         # an expert that no token was sent to tells nothing: all its columns are equal
         means = np.divide(values, counts, out=np.ones_like(values), where=counts > 0)
         return means.reshape(row) if n_matrices == 1 else means.reshape(n_matrices, row)
+
+    def _entry(self, name: str, size: int) -> Entry | None:
+        entry = self.entries.get(name)
+        if entry is None or entry.size == size:
+            return entry
+        if name in EMBEDDINGS:
+            return None
+        expected = f"{size} (its row times its matrices); it was measured on another model"
+        raise WrongInput(f"{self.path}: {name}: found {entry.size} values, expected {expected}")
 
     def keys(self) -> tuple[KeyValue, ...]:
         """What a quantized file says about the matrix, as llama-quantize does (tools/quantize/quantize.cpp)."""
@@ -99,9 +106,9 @@ def without_entry(
     """
     if importance is None:
         return
-    quantized = [(name, kind, importance.for_shape(name, shape)) for name, shape, kind in tensors if kind.block > 1]
+    quantized = [(name, kind, importance.weighs(name, shape, kind)) for name, shape, kind in tensors if kind.block > 1]
     weighted = [name for name, kind, _ in quantized if kind.encode_weighted]
-    lacking = [name for name, kind, found in quantized if kind.encode_weighted and found is None]
+    lacking = [name for name, kind, weighs in quantized if kind.encode_weighted and not weighs]
     if not weighted:
         yield f"{importance.path}: used for nothing: no tensor gets a type that weighs columns"
     if lacking:

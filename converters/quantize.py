@@ -31,7 +31,6 @@ from convert_drafter.quant.measure import Errors
 
 FILE_TYPE, VERSION = "general.file_type", "general.quantization_version"
 SPLIT = "split."
-UNQUANTIZED = {"F32", "F16", "BF16"}
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ def prepare_quantize(job: QuantizeJob) -> Quantization:
     choices = choose_types(recipe, candidates, facts_of_file(file), options)
     recodings = tuple(map(Recoding, tensors, common, choices))
     if importance:
-        recodings = tuple(replace(r, weighted=_has_importance(importance, r)) for r in recodings)
+        recodings = tuple(replace(r, weighted=_is_weighted(r, importance)) for r in recodings)
     if problems := list(_problems(job, recodings)):
         raise Problems(str(job.source), problems)
     encoded = ((r.name, r.stored.shape, r.choice.type) for r in recodings if not r.copied)
@@ -203,22 +202,20 @@ def _recoded(decided: Quantization, recoding: Recoding, run: Run, tally: Tally |
             yield encoder.rows(data, (last - first, row), first, run)
 
 
-def _has_importance(importance: Importance, recoding: Recoding) -> bool:
-    if recoding.copied or recoding.choice.type.encode_weighted is None:
-        return False
-    return importance.for_shape(recoding.name, recoding.stored.shape) is not None
+def _is_weighted(recoding: Recoding, importance: Importance) -> bool:
+    return not recoding.copied and importance.weighs(recoding.name, recoding.stored.shape, recoding.choice.type)
 
 
 def _problems(job: QuantizeJob, recodings: tuple[Recoding, ...]) -> Iterator[str]:
     for recoding in recodings:
         kind = recoding.stored.type.name
-        if recoding.copied or kind in UNQUANTIZED:
+        if recoding.copied:
             continue
         if not _is_readable(recoding.stored.type):
             expected = "F32, F16, BF16 or a quantized type"
             yield f"{recoding.stored.name}: found {kind}, which cannot be decoded, expected {expected}"
             continue
-        if job.allow_requantize:
+        if job.allow_requantize or stored_type(recoding.stored.type).block == 1:
             continue
         yield (
             f"{recoding.stored.name}: is {kind} already, and encoding it as {recoding.choice.type.name} loses weight"

@@ -51,6 +51,7 @@ def quantization_json(decided: Quantization) -> dict[str, Any]:
 
 def quantized(report: QuantizeReport) -> str:
     decided = report.quantization
+    launch = report.launch  # read back from the file, so once
     copied = sum(r.copied for r in decided.recodings)
     weighted = sum(r.weighted for r in decided.recodings)
     lines = [
@@ -59,7 +60,7 @@ def quantized(report: QuantizeReport) -> str:
         f" {copied} tensors copied as they are" + (f", {weighted} weighted by importance" if weighted else ""),
         f"  {_total(decided)}",
         *(f"  {line}" for line in fallbacks(_choices(decided))),
-        *(["run it:", f"  {report.launch}"] if report.launch else []),
+        *(["run it:", f"  {launch}"] if launch else []),
         *error_table(report.errors, _choices(decided)),
     ]
     return "\n".join(lines)

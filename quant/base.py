@@ -115,9 +115,7 @@ def transcode(
         raise ValueError(f"importance: found shape {importance.shape}, expected ({shape[-1]},)")
     out = np.empty(kind.n_bytes(shape), np.uint8).view(kind.layout)
     blocks, row, total = data.view(source.layout), shape[-1], math.prod(shape)
-    weighted = kind.encode_weighted if importance is not None else None
-    columns = np.ascontiguousarray(0 if importance is None else importance, dtype=np.float32)
-    step = max(1, kind.chunk // row) * row if weighted else kind.chunk
+    encode_weights, step = _encoder(kind, row, importance)
 
     def encode(start: int) -> None:
         stop = min(start + step, total)
@@ -126,12 +124,7 @@ def transcode(
         with np.errstate(all="ignore"):  # damaged blocks may decode to anything, and are refused below
             weights = source.decode(held)
         check_range(weights, kind, start)
-        if source is kind:
-            encoded = held
-        elif weighted is not None:
-            encoded = weighted(weights.reshape(-1, row), columns)
-        else:
-            encoded = kind.encode(weights.reshape(-1, kind.block))
+        encoded = held if source is kind else encode_weights(weights)
         place.view(np.uint8)[...] = encoded.view(np.uint8)  # field by field would take ten times as long
         check_scales(place, kind, start)
         if watch is not None:
@@ -140,6 +133,15 @@ def transcode(
     for _ in run(encode, range(0, total, step)):
         pass  # an executor's map raises here what a chunk raised
     return out.view(np.uint8)
+
+
+def _encoder(kind: QuantType, row: int, importance: F32Array | None) -> tuple[Callable[[F32Array], Blocks], int]:
+    """How weights become blocks, and how many at a time: whole rows where their columns are weighed."""
+    weighted = kind.encode_weighted
+    if importance is None or weighted is None:
+        return (lambda weights: kind.encode(weights.reshape(-1, kind.block))), kind.chunk
+    columns = np.ascontiguousarray(importance, dtype=np.float32)
+    return (lambda weights: weighted(weights.reshape(-1, row), columns)), max(1, kind.chunk // row) * row
 
 
 F32 = QuantType("F32", 0, 1, np.dtype("<f4"), lambda b: b[:, 0], lambda b: b[:, None], float(np.finfo(np.float32).max))
