@@ -14,6 +14,7 @@ from convert_drafter.quant.scratch import scratch
 
 SUPER = 256  # weights of a super-block, QK_K in ggml-common.h
 NEAREST_LIMIT = np.float32(4194303)  # magnitude up to which `nearest_int` is plain rounding
+NEGLIGIBLE = np.float32(1e-15)  # GROUP_MAX_EPS: a smaller largest weight is none
 
 
 def columns(rows: F32Array, block: int, name: str) -> F32Array:
@@ -52,6 +53,18 @@ def column_sums(a: F32Array) -> F32Array:
 def take_columns(a: NDArray[Any], places: NDArray[np.intp]) -> NDArray[Any]:
     """Some columns, C-contiguous: indexing with a list would give an array in the other order."""
     return np.take(a, places, axis=1)
+
+
+def largest_of(x: F32Array) -> F32Array:
+    """The first element of largest magnitude of each column, or NaN if there is one: (block, n) f32 -> (n,) f32."""
+    high: F32Array = np.maximum.reduce(x, axis=0)
+    low = np.minimum.reduce(x, axis=0)
+    tied = np.flatnonzero(high == np.negative(low))
+    np.putmask(high, high < -low, low)
+    if tied.size:
+        sub = take_columns(x, tied)
+        high[tied] = np.take_along_axis(sub, np.abs(sub).argmax(axis=0)[None], axis=0)[0]
+    return high
 
 
 def dots(a: F32Array, b: F32Array) -> F32Array:
@@ -96,12 +109,16 @@ def weigh(rows: F32Array, importance: F32Array, block: int, factor: float) -> tu
 
     (n, row) f32 and (row,) f32 -> twice (block, n * row / block) f32, scratch arrays.
     """
-    x = columns(rows, block, "weigh.x")
-    weights = columns(np.broadcast_to(importance, rows.shape).reshape(-1), block, "weigh.weights")
     spread = np.float32(factor) * super_sums(rows.reshape(-1, SUPER)) / np.float32(SUPER)
-    root = scratch("weigh.root", x.shape)
-    np.square(x, out=root)
-    np.add(root, np.repeat(spread, SUPER // block), out=root)
-    np.sqrt(root, out=root)
-    np.multiply(weights, root, out=weights)
+    return weigh_from(rows, importance, block, np.repeat(spread, SUPER // block))
+
+
+def weigh_from(rows: F32Array, importance: F32Array, block: int, spread: F32Array) -> tuple[F32Array, F32Array]:
+    """The same as `weigh` with a mean square for each block, (n * row / block,) f32."""
+    x = columns(rows, block, "weigh_from.x")
+    weights = np.square(x, out=scratch("weigh_from.weights", x.shape))
+    np.add(weights, spread, out=weights)
+    np.sqrt(weights, out=weights)
+    by_row = weights.reshape(block, len(rows), -1)
+    np.multiply(by_row, importance.reshape(-1, block).T[:, None], out=by_row)
     return x, weights

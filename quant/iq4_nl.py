@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from convert_drafter.quant.base import Blocks, F32Array, QuantType
-from convert_drafter.quant.columns import as_c, column_sums, columns
+from convert_drafter.quant.columns import as_c, column_sums, columns, weigh_from
 from convert_drafter.quant.floats import F16_MAX
-from convert_drafter.quant.iq4_search import BLOCK, best_scales, error_weights, pack_codes, unpack_codes
-from convert_drafter.quant.scratch import scratch
+from convert_drafter.quant.iq4_search import BLOCK, best_scales, pack_codes, unpack_codes
 
 LAYOUT = np.dtype([("scale", "<f2"), ("codes", "u1", (BLOCK // 2,))])
 
@@ -23,9 +22,9 @@ def encode(blocks: F32Array) -> Blocks:
 def encode_weighted(rows: F32Array, importance: F32Array) -> Blocks:
     """(n, row) f32 and the importance (row,) f32 of its columns -> (n * row / 32,) layout."""
     with as_c():
-        x = columns(rows, BLOCK, "iq4_nl.encode.x")
-        squares = np.square(x, out=scratch("iq4_nl.encode.squares", x.shape))
-        weights = error_weights(squares, column_sums(squares) * np.float32(2 / BLOCK), importance)
+        squares = columns(rows, BLOCK, "iq4_nl.squares")
+        spread = column_sums(np.square(squares, out=squares)) * np.float32(2 / BLOCK)
+        x, weights = weigh_from(rows, importance, BLOCK, spread)
         return _packed(x, best_scales(x, weights, plainly=not importance.min(initial=0) >= 0))
 
 

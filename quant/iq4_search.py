@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convert_drafter.quant.base import Bytes, F32Array
-from convert_drafter.quant.columns import dots, take_columns
+from convert_drafter.quant.columns import NEGLIGIBLE, dots, largest_of
 from convert_drafter.quant.scratch import scratch
 
 F = np.float32
@@ -25,7 +25,6 @@ Flags = NDArray[np.bool_]
 
 BLOCK = 32
 VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113])  # kvalues_iq4nl
-NEGLIGIBLE = F(1e-15)  # GROUP_MAX_EPS
 FIRST = 127
 INNERMOST, GRIDS = 120, 15  # grid g of 0..14 lays the largest weight on -(120 + g); ggml begins with the last one
 
@@ -85,15 +84,6 @@ def unpack_codes(codes: Bytes, scales: F32Array) -> F32Array:
     return values
 
 
-def error_weights(squares: F32Array, spread: F32Array, importance: F32Array) -> F32Array:
-    """importance * sqrt(spread + x^2): the squares (32, n), (n,) and (row,) f32 -> `squares`, which is lost."""
-    np.add(squares, spread, out=squares)
-    np.sqrt(squares, out=squares)
-    by_row = squares.reshape(BLOCK, -1, importance.size // BLOCK)
-    np.multiply(by_row, importance.reshape(-1, BLOCK).T[:, None], out=by_row)
-    return squares
-
-
 # --- one fit after the other, each taken if it is better than the last one taken ---
 
 
@@ -119,17 +109,6 @@ def _sums(x: F32Array, weights: F32Array, places: Indices) -> tuple[F32Array, F3
     return dots(weighted, x) + F(0), dots(weighted, q)  # a sum in C begins with 0 and is never minus zero
 
 
-def _signed_largest(x: F32Array) -> F32Array:
-    """The weight of largest magnitude of each block, the first such one: (32, n) f32 -> (n,)."""
-    highest, lowest = x.max(axis=0), x.min(axis=0)
-    largest: F32Array = np.where(highest > -lowest, highest, lowest)
-    tied = np.flatnonzero(highest == -lowest)
-    if tied.size:
-        some = take_columns(x, tied)
-        largest[tied] = some[np.argmax(np.abs(some), axis=0), np.arange(tied.size)]
-    return largest
-
-
 def _gather(a: F32Array, blocks: Indices, name: str) -> F32Array:
     out = scratch(name, (BLOCK, blocks.size))
     return np.take(a, blocks, axis=1, out=out, mode="clip")
@@ -152,7 +131,7 @@ def best_scales(x: F32Array, weights: F32Array | None = None, plainly: bool = Fa
     Without `weights` they are the squares of x. They must not be negative unless `plainly`, which fits every grid: the
     same result at several times the cost.
     """
-    largest = _signed_largest(x)
+    largest = largest_of(x)
     negligible = np.abs(largest) < NEGLIGIBLE
     largest[negligible] = 1
     inverse = F(1) / (largest / F(FIRST))

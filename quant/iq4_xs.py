@@ -8,10 +8,9 @@ from __future__ import annotations
 import numpy as np
 
 from convert_drafter.quant.base import Blocks, F32Array, QuantType
-from convert_drafter.quant.columns import SUPER, as_c, columns, nearest_int, super_sums
+from convert_drafter.quant.columns import SUPER, as_c, columns, nearest_int, weigh
 from convert_drafter.quant.floats import F16_MAX
-from convert_drafter.quant.iq4_search import BLOCK, best_scales, error_weights, pack_codes, unpack_codes
-from convert_drafter.quant.scratch import scratch
+from convert_drafter.quant.iq4_search import BLOCK, best_scales, pack_codes, unpack_codes
 
 PARTS = SUPER // BLOCK
 LAYOUT = np.dtype(
@@ -30,10 +29,7 @@ def encode(blocks: F32Array) -> Blocks:
 def encode_weighted(rows: F32Array, importance: F32Array) -> Blocks:
     """(n, row) f32 and the importance (row,) f32 of its columns -> (n * row / 256,) layout."""
     with as_c():
-        x = columns(rows, BLOCK, "iq4_xs.encode.x")
-        squares = np.square(x, out=scratch("iq4_xs.encode.squares", x.shape))
-        spread = super_sums(rows.reshape(-1, SUPER)) * F(2 / SUPER)
-        weights = error_weights(squares, np.repeat(spread, PARTS), importance)
+        x, weights = weigh(rows, importance, BLOCK, factor=2)
         return _packed(x, best_scales(x, weights, plainly=not importance.min(initial=0) >= 0))
 
 

@@ -8,9 +8,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convert_drafter.quant.base import Blocks, Bytes, F32Array, QuantType
-from convert_drafter.quant.columns import SUPER, as_c, columns, nearest_int, round_codes, take_columns
+from convert_drafter.quant.columns import (
+    NEGLIGIBLE,
+    SUPER,
+    as_c,
+    columns,
+    largest_of,
+    nearest_int,
+    round_codes,
+    take_columns,
+)
 from convert_drafter.quant.floats import F16_MAX
-from convert_drafter.quant.scale_search import NEGLIGIBLE, largest_of, search_codes, search_scale
+from convert_drafter.quant.scale_search import search_codes, search_scale
 from convert_drafter.quant.scratch import scratch
 
 BLOCK, BLOCKS = 16, 16

@@ -8,11 +8,10 @@ from __future__ import annotations
 import numpy as np
 
 from convert_drafter.quant.base import Bytes, F32Array
-from convert_drafter.quant.columns import column_sums, columns
+from convert_drafter.quant.columns import column_sums, columns, weigh_from
 from convert_drafter.quant.min_search import Grid, search_min
 from convert_drafter.quant.quads import BLOCK
 from convert_drafter.quant.scale_search import search_codes
-from convert_drafter.quant.scratch import scratch
 
 F = np.float32
 
@@ -39,10 +38,4 @@ def _weigh(rows: F32Array, importance: F32Array) -> tuple[F32Array, F32Array]:
     width = rows.shape[1]
     squares = columns(rows, width, "row_fit.squares")
     mean = column_sums(np.square(squares, out=squares)) / F(width)
-    x = columns(rows, BLOCK, "row_fit.x")
-    weights = np.square(x, out=scratch("row_fit.weights", x.shape))
-    np.add(weights, np.repeat(mean, width // BLOCK), out=weights)
-    np.sqrt(weights, out=weights)
-    parts = weights.reshape(BLOCK, len(rows), -1)
-    np.multiply(parts, importance.reshape(-1, BLOCK).T[:, None], out=parts)
-    return x, weights
+    return weigh_from(rows, importance, BLOCK, np.repeat(mean, width // BLOCK))

@@ -16,8 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convert_drafter.quant.base import Bytes, F32Array
-from convert_drafter.quant.columns import NEAREST_LIMIT, as_c, column_sums, dots, nearest_int, take_columns
-from convert_drafter.quant.scale_search import NEGLIGIBLE, largest_of
+from convert_drafter.quant.columns import (
+    NEAREST_LIMIT,
+    NEGLIGIBLE,
+    as_c,
+    column_sums,
+    dots,
+    largest_of,
+    nearest_int,
+    take_columns,
+)
 from convert_drafter.quant.scratch import scratch
 
 F = np.float32

@@ -6,9 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convert_drafter.quant.base import Bytes, F32Array
-from convert_drafter.quant.columns import column_sums, nearest_int
+from convert_drafter.quant.columns import NEGLIGIBLE, column_sums, nearest_int
 
-NEGLIGIBLE = np.float32(1e-15)  # GROUP_MAX_EPS
 PASSES = 5
 F = np.float32
 

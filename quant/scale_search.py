@@ -17,14 +17,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convert_drafter.quant.base import Bytes, F32Array
-from convert_drafter.quant.columns import as_c, column_sums, dots, nearest_int, round_codes, take_columns
+from convert_drafter.quant.columns import (
+    NEGLIGIBLE,
+    as_c,
+    column_sums,
+    dots,
+    largest_of,
+    nearest_int,
+    round_codes,
+    take_columns,
+)
 from convert_drafter.quant.scratch import scratch
 
 F, U8, U32 = np.float32, np.uint8, np.uint32
 Places = NDArray[np.intp]
 Masks = NDArray[np.uint32]  # bit j: trial j
 
-NEGLIGIBLE = F(1e-15)  # GROUP_MAX_EPS: a smaller largest weight is none
 ENORMOUS = F(1e30)  # up to here no inverse scale is denormal
 STEPS = [F(0.1) * F(step) for step in range(-9, 10)]  # by which the trials differ from nmax
 FIRST = 9  # the trial that ggml makes first and keeps if no other one is better
@@ -109,18 +117,6 @@ def _search(x: F32Array, nmax: int, weights: F32Array | None) -> Found:
             again = search_plain(sub, nmax, w)
             found.scale[places], found.inverse[places], found.empty[places] = again.scale, again.inverse, again.empty
         return found
-
-
-def largest_of(x: F32Array) -> F32Array:
-    """The first element of largest magnitude of each column, or NaN if there is one: (block, n) f32 -> (n,) f32."""
-    high: F32Array = np.maximum.reduce(x, axis=0)
-    low = np.minimum.reduce(x, axis=0)
-    tied = np.flatnonzero(high == np.negative(low))
-    np.putmask(high, high < -low, low)
-    if tied.size:
-        sub = x[:, tied]
-        high[tied] = np.take_along_axis(sub, np.abs(sub).argmax(axis=0)[None], axis=0)[0]
-    return high
 
 
 @cache

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from convert_drafter.quant import TYPES, ScaleOverflow, dequantize, quantize, scale_search
-from convert_drafter.quant.columns import as_c
+from convert_drafter.quant.columns import as_c, largest_of
 from convert_drafter.quant.scale_descent import descend_plain, descend_scale
-from convert_drafter.quant.scale_search import largest_of, search_codes, search_plain, search_scale
+from convert_drafter.quant.scale_search import search_codes, search_plain, search_scale
 
 F = np.float32
 KINDS = ["Q6_K", "Q3_K"]
