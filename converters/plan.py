@@ -211,19 +211,11 @@ def plan_tensors(
     `names` gives the runtime's name of a role, None where it has none: that is a problem, never a silent loss. `needs`
     are the roles the runtime takes only together with another one. What is wrong is added to the matcher's problems.
     """
-    present = {role for role, _ in matcher.matches}
-    for role, other in (needs or {}).items():
-        if role in present and other not in present:
-            matcher.problems.append(f"{role.name}: {runtime} takes it only with {other.name}, which is missing")
     order = {rule.role: n for n, rule in enumerate(matcher.rules)}
     keys = sorted(matcher.matches, key=lambda key: (-1 if key[1] is None else key[1], order[key[0]]))
     named = {key: name for key in keys if (name := names(key)) is not None}
-    matcher.problems += [
-        f"{matcher.matches[key].header.name}: {runtime} has no tensor for {describe(key)}; without it the drafter"
-        " computes something else"
-        for key in keys
-        if key not in named
-    ]
+    sources = {key: matcher.matches[key].header.name for key in keys}
+    matcher.problems += unplaced(sources, names, runtime, needs or {})
     matches = [matcher.matches[key] for key in named]
     choices = _choose(recipe, matches, matcher, options)
     planned = (
@@ -231,6 +223,23 @@ def plan_tensors(
         for match, choice in zip(matches, choices, strict=True)
     )
     return Plan(tuple(planned), tuple(matcher.dropped))
+
+
+def unplaced(
+    sources: Mapping[TensorKey, str],
+    names: Callable[[TensorKey], str | None],
+    runtime: str,
+    needs: Mapping[Role, Role],
+) -> Iterator[str]:
+    """Tensors, by what their source calls them, that a runtime takes only with others or has no name for."""
+    present = {role for role, _ in sources}
+    for role, other in needs.items():
+        if role in present and other not in present:
+            yield f"{role.name}: {runtime} takes it only with {other.name}, which is missing"
+    for key, source in sources.items():
+        if names(key) is None:
+            lost = "without it the drafter computes something else"
+            yield f"{source}: {runtime} has no tensor for {describe(key)}; {lost}"
 
 
 def _choose(

@@ -23,8 +23,9 @@ from convert_drafter.converters.drafter_file import DrafterFile, read_drafter_fi
 from convert_drafter.converters.errors import Problems, WrongInput, WrongUsage
 from convert_drafter.converters.gguf_file import ARCHITECTURE, KeyValue, StoredTensor, file_access, write_gguf
 from convert_drafter.converters.gguf_read import GGUFFile
+from convert_drafter.converters.plan import unplaced
 from convert_drafter.converters.recipes import ALWAYS_F32
-from convert_drafter.converters.roles import TensorKey, describe
+from convert_drafter.converters.roles import TensorKey
 from convert_drafter.converters.spec import DrafterSpec
 from convert_drafter.converters.target import Target, read_target
 from convert_drafter.converters.tokenizer import MASK, TOKENS, Tokenizer, copy_tokenizer, vocabulary_hash
@@ -145,19 +146,11 @@ def _files_read(job: RedialectJob) -> list[Path]:
 
 
 def _rename(tensors: Mapping[TensorKey, StoredTensor], cell: Cell) -> tuple[tuple[Move, ...], list[str]]:
-    """The tensors under this runtime's names, and those it has no place for."""
-    moves, problems = list[Move](), list[str]()
-    for key, stored in tensors.items():
-        if (name := cell.tensor_name(key)) is not None:
-            moves.append(Move(stored, name))
-        else:
-            lost = "without it the drafter computes something else"
-            problems.append(f"{stored.name}: {cell.runtime} has no tensor for {describe(key)}; {lost}")
-    present = {role for role, _ in tensors}
-    for role, other in cell.needs.items():
-        if role in present and other not in present:
-            problems.append(f"{role.name}: {cell.runtime} takes it only with {other.name}, which is missing")
-    return tuple(moves), problems
+    """The tensors under this runtime's names, and what it cannot take."""
+    named = ((stored, cell.tensor_name(key)) for key, stored in tensors.items())
+    moves = tuple(Move(stored, name) for stored, name in named if name is not None)
+    sources = {key: stored.name for key, stored in tensors.items()}
+    return moves, list(unplaced(sources, cell.tensor_name, cell.runtime, cell.needs))
 
 
 # --- the target and its tokenizer ---

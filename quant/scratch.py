@@ -15,7 +15,7 @@ _kept = threading.local()
 def scratch(name: str, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> NDArray[Any]:
     """An array with arbitrary contents, the thread's only one of this name until the next call with it.
 
-    Names begin with their function's name, so that two functions never share one.
+    Names begin with their module's or their function's name, so that no two modules share one (a test looks).
     """
     arrays: dict[str, NDArray[Any]] = _kept.__dict__
     size, dtype = math.prod(shape), np.dtype(dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -90,6 +91,17 @@ def test_importing_loads_neither_torch_nor_transformers() -> None:
     blocked = "import sys; sys.modules.update(torch=None, transformers=None); "
     code = f"{blocked}import convert_drafter.converters.cli, convert_drafter.quant"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_no_two_modules_share_a_scratch_array() -> None:
+    """One would spoil what the other still needs."""
+    owners: dict[str, str] = {}
+    for path in ROOT.glob("quant/*.py"):
+        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        arguments = [a.value for call in calls for a in call.args if isinstance(a, ast.Constant)]
+        for name in {a for a in arguments if isinstance(a, str) and re.fullmatch(r"\w+\.\w+(\.\w+)*", a)}:
+            assert owners.setdefault(name, path.name) == path.name, f"{name}: {owners[name]} and {path.name}"
+    assert len(owners) > 40
 
 
 def test_quant_imports_nothing_of_ours() -> None:
