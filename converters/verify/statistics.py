@@ -1,0 +1,84 @@
+"""How sure a difference between two drafters is: a paired bootstrap over prompts.
+
+Acceptance length is a ratio of sums, so prompts are drawn, never steps: the steps of one text depend on each other.
+Source of the method: Efron & Tibshirani, An Introduction to the Bootstrap (1993), chapters 8 and 13.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from convert_drafter.converters.verify.acceptance import Acceptance, total
+
+DRAWS = 10_000
+SEED = 20  # the same answers for the same numbers
+TAIL = 2.5  # percent below and above the interval
+LEAST = 4  # prompts: fewer cannot show how much prompts differ
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Relative difference of the acceptance length of `file` to `original`, with its 95 % interval.
+
+    -0.02 is 2 % worse. `needed` is how many more prompts would decide, None where these decide or none ever would.
+    """
+
+    relative: float
+    low: float
+    high: float
+    prompts: int
+    needed: int | None
+
+    def holds(self, max_drop: float) -> bool | None:
+        """True: not worse by more than `max_drop`; False: worse; None: these prompts do not tell."""
+        if self.low >= -max_drop:
+            return True
+        return False if self.high < -max_drop else None
+
+
+def compare(original: Sequence[Acceptance], file: Sequence[Acceptance], max_drop: float) -> Difference:
+    """The difference over the same prompts, in the same order. Raises `ValueError` where they are not."""
+    if len(original) != len(file) or not original:
+        raise ValueError("a paired comparison needs both drafters on the same prompts")
+    pairs = np.array(
+        [(a.committed, a.steps, b.committed, b.steps) for a, b in zip(original, file, strict=True)], np.float64
+    )  # (prompts, 4)
+    relative = float(_relative(pairs.sum(0)))
+    if _identical(original, file):
+        low = high = relative
+    elif len(pairs) < LEAST:
+        low, high = -math.inf, math.inf
+    else:
+        draws = np.random.default_rng(SEED).integers(0, len(pairs), (DRAWS, len(pairs)))
+        low, high = np.percentile(_relative(pairs[draws].sum(1)), (TAIL, 100 - TAIL)).tolist()
+    found = Difference(relative, low, high, len(pairs), None)
+    if found.holds(max_drop) is not None:
+        return found
+    return Difference(relative, low, high, len(pairs), _needed(found, max_drop))
+
+
+def _identical(original: Sequence[Acceptance], file: Sequence[Acceptance]) -> bool:
+    return total(original) == total(file) and list(original) == list(file)
+
+
+def _relative(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(..., 4) sums of committed and steps of both -> (...) length of the second over that of the first, minus one."""
+    committed, steps, file_committed, file_steps = np.moveaxis(sums, -1, 0)
+    relative: NDArray[np.float64] = (file_committed / file_steps) / (committed / steps) - 1
+    return relative
+
+
+def _needed(found: Difference, max_drop: float) -> int | None:
+    """More prompts until an interval around the same difference leaves `-max_drop`: its width falls with the root."""
+    if not math.isfinite(found.low):
+        return LEAST - found.prompts
+    distance = abs(found.relative + max_drop)
+    half = (found.high - found.low) / 2
+    if not distance:
+        return None
+    return max(1, math.ceil(found.prompts * (half / distance) ** 2) - found.prompts)
