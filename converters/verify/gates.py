@@ -1,0 +1,176 @@
+"""From numbers to answers: each gate that measures acceptance, decided by one rule and said in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from convert_drafter.converters.spec import DrafterSpec
+from convert_drafter.converters.verify.acceptance import Acceptance, total
+from convert_drafter.converters.verify.measured import Measured, SweepPoint
+from convert_drafter.converters.verify.pay import Payoff, StepTimes
+from convert_drafter.converters.verify.statistics import Difference, compare
+from convert_drafter.converters.verify.verdict import Gate, Outcome
+
+NO_SOURCE = "no original to compare with: give --source, the checkpoint it was made from"
+# A file may be this much further from the original than noise of its own quantization errors is, and as far as two
+# orders of summation are apart (measured on the fixture: tests/test_verify_engine.py).
+TWIN_FACTOR, ROUNDING_KL = 3.0, 1e-4
+COLLAPSED = 0.3  # share of first drafts accepted; a working drafter is far above it, one with a wrong fact below
+SWEEP_DROP = 0.15  # at one context length there are few prompts
+CLIFF = 0.4  # of the drafts accepted at a shorter context
+
+
+def lossless(measured: Measured, tie: float) -> Gate:
+    """The text with the drafter is the text without; where two logits differ by rounding only, either is right."""
+    ties = [loss for loss in measured.losses if loss.margin is not None and loss.margin <= tie]
+    wrong = [loss for loss in measured.losses if loss not in ties]
+    count = len(measured.prompts)
+    same = count - len(measured.losses)
+    lines = [f"{loss.prompt}: another text from token {loss.at} on{_margin(loss.margin)}" for loss in wrong]
+    lines += [f"{loss.prompt}: a rounding tie at token {loss.at}, either text is the target's" for loss in ties]
+    outcome = Outcome.FAIL if wrong else Outcome.PASS
+    summary = f"{same} of {count} prompts: the same text with the drafter as without"
+    figures = {"prompts": count, "same": same, "ties": len(ties)}
+    return Gate("lossless", outcome, summary + (f", {len(ties)} rounding ties" if ties else ""), tuple(lines), figures)
+
+
+def _margin(margin: float | None) -> str:
+    return "" if margin is None else f"; the two best logits are {margin:.2%} apart, no tie"
+
+
+def same_drafts(measured: Measured) -> Gate:
+    """Distributions on identical inputs: no further from the original than the file's quantization errors explain."""
+    found, name = measured.agreement, "same drafts"
+    if not measured.originals:
+        return Gate(name, Outcome.SKIPPED, NO_SOURCE)
+    allowed = TWIN_FACTOR * measured.expected.kl + ROUNDING_KL
+    same = found.kl <= allowed
+    positions = sum(found.compared)
+    summary = (
+        f"{found.top1:.1%} of {positions:,} drafts equal the original's, KL {found.kl:.2g} nats"
+        f" (its quantization explains {allowed:.2g})"
+    )
+    why = () if same else ("the same inputs give other distributions: a fact or a tensor is not the original's",)
+    figures = {
+        "positions": positions,
+        "top1": found.top1,
+        "kl": found.kl,
+        "kl_allowed": allowed,
+        "top1_by_position": list(found.top1_by_position),
+    }
+    return Gate(name, Outcome.PASS if same else Outcome.FAIL, summary, why, figures)
+
+
+def acceptance(measured: Measured, max_drop: float, least: float | None) -> Gate:
+    """Tokens per verify step: against the original's where there is one, and against what the user asks for."""
+    file = total(measured.files)
+    if not file.steps:
+        return Gate("acceptance", Outcome.FAIL, "no verify step was taken: no prompt had more than one new token")
+    gate = _against_original(measured, file, max_drop) if measured.originals else _alone(measured, file)
+    if least is not None and file.length < least:
+        line = f"{file.length:.2f} tokens per verify step, at least {least:g} were asked for"
+        return Gate(gate.name, Outcome.FAIL, gate.summary, (*gate.details, line), gate.figures)
+    return gate
+
+
+def _against_original(measured: Measured, file: Acceptance, max_drop: float) -> Gate:
+    original, found = total(measured.originals), compare(measured.originals, measured.files, max_drop)
+    summary = (
+        f"{file.length:.2f} tokens per verify step, the original {original.length:.2f}:"
+        f" {found.relative:+.1%} ({_interval(found)})"
+    )
+    outcome = {True: Outcome.PASS, False: Outcome.FAIL, None: Outcome.UNDECIDED}[found.holds(max_drop)]
+    lines: tuple[str, ...] = ()
+    if outcome is Outcome.UNDECIDED:
+        more = "more prompts" if found.needed is None else f"about {found.needed} more prompts"
+        lines = (f"not enough prompts to tell whether it lost more than {max_drop:.0%}: {more} would",)
+    elif outcome is Outcome.FAIL:
+        lines = (f"it lost more than the {max_drop:.0%} that --max-drop allows",)
+    figures = {
+        "prompts": found.prompts,
+        "original": _figures(original),
+        "file": _figures(file),
+        "difference": found.relative,
+        "interval": [found.low, found.high],
+        "needed": found.needed,
+    }
+    return Gate("acceptance", outcome, summary, lines, figures)
+
+
+def _interval(found: Difference) -> str:
+    return f"95 % interval {found.low:+.1%} to {found.high:+.1%}, {found.prompts} prompts"
+
+
+def _alone(measured: Measured, file: Acceptance) -> Gate:
+    first = file.by_position[0]
+    summary = f"{file.length:.2f} tokens per verify step, {file.rate:.0%} of drafts accepted; {NO_SOURCE}"
+    figures = {"prompts": len(measured.files), "file": _figures(file)}
+    if len(file.drafted) > 1 and first < COLLAPSED:
+        line = f"{first:.0%} of first drafts are right: collapsed, a working drafter has most of them right"
+        return Gate("acceptance", Outcome.FAIL, summary, (line,), figures)
+    return Gate("acceptance", Outcome.ADVICE, summary, (), figures)
+
+
+def _figures(walk: Acceptance) -> dict[str, Any]:
+    by_position = list(walk.by_position) if len(walk.drafted) > 1 else []
+    return {"length": walk.length, "rate": walk.rate, "steps": walk.steps, "by_position": by_position}
+
+
+def length_sweep(points: Sequence[SweepPoint], spec: DrafterSpec) -> Gate:
+    """Acceptance by context length; a length at which the file collapses and the original does not is a fault."""
+    if not any(point.files for point in points):
+        return Gate("length sweep", Outcome.SKIPPED, "the target has no room for a context to try")
+    told = [(point, total(point.files), total(point.originals)) for point in points if point.files]
+    fallen = [
+        f"with {point.context} tokens of context {file.length:.2f} per verify step, the original {original.length:.2f}"
+        for point, file, original in told
+        if point.originals and compare(point.originals, point.files, SWEEP_DROP).holds(SWEEP_DROP) is False
+    ]
+    cliffs = [] if fallen else _cliffs(told)
+    summary = ", ".join(f"{point.context}: {file.length:.2f}" for point, file, _ in told)
+    outcome = Outcome.FAIL if fallen else Outcome.PASS if any(p.originals for p in points) else Outcome.ADVICE
+    figures = {
+        "window": spec.window.size if spec.window else None,
+        "context_length": spec.context_length,
+        "points": [
+            {
+                "context": point.context,
+                "prompts": len(point.files),
+                "original": original.length if point.originals else None,
+                "file": file.length,
+            }
+            for point, file, original in told
+        ],
+    }
+    return Gate("length sweep", outcome, f"tokens per verify step by context: {summary}", (*fallen, *cliffs), figures)
+
+
+def _cliffs(told: Sequence[tuple[SweepPoint, Acceptance, Acceptance]]) -> list[str]:
+    """Falls that are no fault of the conversion, or that nobody can tell from one."""
+    out = []
+    for (before, long, _), (after, short, _) in pairwise(told):
+        if short.length - 1 < CLIFF * (long.length - 1):
+            whose = "the original has it too" if after.originals else NO_SOURCE
+            out.append(f"a cliff between {before.context} and {after.context} tokens of context; {whose}")
+    return out
+
+
+def does_it_pay(found: Payoff, times: StepTimes, engine: str) -> Gate:
+    """Advice, in the times of the engine that measured."""
+    n = found.length
+    best = found.best_length
+    pays = found.speedup[best - 1] > 1
+    advice = f"draft {best}: {found.speedup[best - 1]:.2f}x" if pays else "no draft length pays"
+    summary = f"{advice} in {engine}; {n} drafts pay above {found.break_even:.2f} tokens per verify step"
+    figures = {
+        "draft_ms": times.draft[n],
+        "verify_ms": times.verify[n],
+        "plain_ms": times.plain,
+        "break_even": found.break_even,
+        "best_length": best,
+        "speedup": list(found.speedup),
+        "measured_speedup": None,
+    }
+    return Gate("does it pay", Outcome.ADVICE, summary, (), figures)
