@@ -47,3 +47,8 @@ class Problems(WrongInput):
         lines = "".join(f"\n  - {problem}" for problem in self.problems)
         count = len(self.problems)
         super().__init__(f"{where}: {count} problem{'s' if count != 1 else ''}{lines}")
+
+
+def plain(text: str) -> str:
+    """Text from a file without its control characters: they would reach the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)

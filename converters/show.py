@@ -12,6 +12,7 @@ from rich.table import Table
 from convert_drafter.converters.convert import Conversion, Report, launch_command
 from convert_drafter.converters.dialects import CELLS
 from convert_drafter.converters.drafters import KINDS
+from convert_drafter.converters.errors import plain
 from convert_drafter.converters.inspection import Fact, Inspection
 from convert_drafter.converters.plan import Plan
 from convert_drafter.converters.recipes import F32_IN_DRAFTERS, KEPT_IN_DRAFTERS, LEAST, RECIPES, Choice
@@ -29,11 +30,6 @@ def size(n_bytes: int) -> str:
     while value >= 1024 and unit < len(UNITS) - 1:
         value, unit = value / 1024, unit + 1
     return f"{value:.1f} {UNITS[unit]}" if unit else f"{n_bytes} B"
-
-
-def plain(text: str) -> str:
-    """Text from a file without its control characters: they would reach the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def warnings(console: Console, messages: Sequence[str]) -> None:
