@@ -72,10 +72,10 @@ def read_drafter_file(
     Raises `WrongUsage` for a setting that is no fact, `WrongInput` naming key and --set for a fact that is nowhere.
     """
     given, file = given_facts(settings or {}), read_gguf(path)
-    cell = _cell_of(file)
+    cell = cell_of_file(file)
     facts = _read_facts(file, cell, given, target)
     spec = _spec(file, facts)
-    tensors, problems = _place_tensors(file, cell, spec)
+    tensors, problems = place_tensors(file, cell, spec)
     return DrafterFile(file, cell, frozenset(given), facts, spec, tensors, tuple(problems))
 
 
@@ -93,7 +93,8 @@ def given_facts(settings: Mapping[str, str]) -> Facts:
     return facts
 
 
-def _cell_of(file: GGUFFile) -> Cell:
+def cell_of_file(file: GGUFFile) -> Cell:
+    """The cell whose loader takes the file; `WrongInput` where no runtime's drafters are of its architecture."""
     entry = file.keys.get(ARCHITECTURE)
     cell = None if entry is None else cell_of_arch(str(entry.value))
     if cell is None:
@@ -116,9 +117,9 @@ def _read_facts(file: GGUFFile, cell: Cell, given: Facts, target: Target | None)
         if absent := _absent(cell, file.keys, given):  # what is wrong may be that another key is not there
             raise Problems(str(file.path), [_missing(cell, name, target) for name in absent]) from error
         raise WrongInput(f"{file.path}: {error}") from error
-    origins = {row.field: key for row in reversed(_rows(cell)) if (key := row.key.format(a=cell.arch)) in file.keys}
+    origins = {row.field: key for row in reversed(rows_of(cell)) if (key := row.key.format(a=cell.arch)) in file.keys}
     origins |= {"kind": ARCHITECTURE} | {name: f"--set {name}" for name in given}
-    for name, value, origin in _derived(file, cell, values, target):
+    for name, value, origin in derived_facts(file, cell, values, target):
         if name not in values:
             values[name], origins[name] = value, origin
     needed = REQUIRED.union(*(facts for start, facts in TOGETHER.items() if any(n.startswith(start) for n in values)))
@@ -127,7 +128,7 @@ def _read_facts(file: GGUFFile, cell: Cell, given: Facts, target: Target | None)
     return tuple(Fact(n, v, origins.get(n, f"no key: what {cell.runtime} takes")) for n, v in values.items())
 
 
-def _rows(cell: Cell) -> tuple[Row, ...]:
+def rows_of(cell: Cell) -> tuple[Row, ...]:
     return (*cell.rows, *OWN_ROWS)
 
 
@@ -135,14 +136,14 @@ def _with_given(cell: Cell, keys: Mapping[str, KeyValue], given: Facts) -> tuple
     """The cell and keys to read: the user's facts in rows before the file's own about the same, which are left out."""
     rows = [replace(SETTABLE[name], key=f"--set {name}", codec=SAME) for name in given]
     stated = {row.key: KeyValue(row.key, row.type, given[row.field], row.element) for row in rows}
-    replaced = {row.key.format(a=cell.arch) for row in _rows(cell) if row.field in given}
+    replaced = {row.key.format(a=cell.arch) for row in rows_of(cell) if row.field in given}
     kept = {name: entry for name, entry in keys.items() if name not in replaced}
     counts = tuple(count for count in cell.counts if count.field not in given)
     rows += [row for row in cell.rows if row.field not in given]
     return replace(cell, rows=tuple(rows), counts=counts), kept | stated
 
 
-def _derived(file: GGUFFile, cell: Cell, facts: Facts, target: Target | None) -> Iterator[tuple[str, Any, str]]:
+def derived_facts(file: GGUFFile, cell: Cell, facts: Facts, target: Target | None) -> Iterator[tuple[str, Any, str]]:
     """What tensors and target tell where the file's keys do not: (field, value, origin)."""
     captures = facts.get("capture_layers")
     fusion = next((file.tensors[n] for n in names_of(cell, (Role.FUSION, None)) if n in file.tensors), None)
@@ -170,7 +171,7 @@ def _absent(cell: Cell, keys: Mapping[str, KeyValue], given: Facts) -> list[str]
 
 
 def _missing(cell: Cell, name: str, target: Target | None) -> str:
-    row = next((row for row in _rows(cell) if row.field == name), None)
+    row = next((row for row in rows_of(cell) if row.field == name), None)
     what = f"{name}: missing" if row is None else f"{row.key.format(a=cell.arch)}: missing ({name})"
     kind = "a list" if SETTABLE[name].element else JSON_NAMES[PYTHON[SETTABLE[name].type]]
     advice = ADVICE.format(path=name) + (", or give --target" if name in FROM_TARGET and target is None else "")
@@ -212,7 +213,7 @@ def names_of(cell: Cell, key: TensorKey) -> list[str]:
     return [] if names[0] is None else [name for name in names if name is not None]
 
 
-def _place_tensors(file: GGUFFile, cell: Cell, spec: DrafterSpec) -> tuple[dict[TensorKey, StoredTensor], list[str]]:
+def place_tensors(file: GGUFFile, cell: Cell, spec: DrafterSpec) -> tuple[dict[TensorKey, StoredTensor], list[str]]:
     """Every tensor's place in the hub, and what does not fit."""
     rules = {rule.role: rule for rule in reversed(rules_of(cell.kind))}
     known = {name: (key, rule) for rule in rules.values() for key in rule.keys(spec) for name in names_of(cell, key)}

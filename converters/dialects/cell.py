@@ -231,27 +231,42 @@ def write(cell: Cell, spec: DrafterSpec) -> tuple[KeyValue, ...]:
 
 def read(cell: Cell, keys: Mapping[str, KeyValue]) -> dict[str, Any]:
     """The facts a file carries, by field path. `WrongInput` names a key of the wrong type or a contradiction."""
-    facts: dict[str, Any] = {}
+    facts, faults = read_all(cell, keys)
+    if faults:
+        raise WrongInput(faults[0])
+    return facts
+
+
+def read_all(cell: Cell, keys: Mapping[str, KeyValue]) -> tuple[dict[str, Any], list[str]]:
+    """`read` as far as it goes: the facts of all good keys, and what is wrong with the others."""
+    facts, faults, spoilt = dict[str, Any](), list[str](), set[str]()
     for row in (*cell.rows, *OWN_ROWS):
         name = row.key.format(a=cell.arch)
         if name not in keys:
             continue
-        value = _decoded(row, _stored(keys[name], row, name), facts, name)
+        try:
+            value = _decoded(row, _stored(keys[name], row, name), facts, name)
+        except WrongInput as error:
+            faults.append(str(error))
+            spoilt.add(row.field)
+            continue
         if facts.setdefault(row.field, value) != value:
-            raise WrongInput(f"{name}: found {value!r}, but another key says {row.field} = {facts[row.field]!r}")
+            faults.append(f"{name}: found {value!r}, but another key says {row.field} = {facts[row.field]!r}")
     if not any(facts.get("window.layers", (True,))):  # a window that no layer uses is none
         facts = {name: value for name, value in facts.items() if not name.startswith("window.")}
     if TOKENS in keys:  # every loader that reads a tokenizer counts its tokens
         tokens = keys[TOKENS].value
         if keys[TOKENS].element is not GGUFValueType.STRING or not isinstance(tokens, tuple):
-            raise WrongInput(f"{TOKENS}: found {keys[TOKENS].type.name}, expected an array of STRING")
-        facts.setdefault("vocab_size", len(tokens))
+            faults.append(f"{TOKENS}: found {keys[TOKENS].type.name}, expected an array of STRING")
+        else:
+            facts.setdefault("vocab_size", len(tokens))
     for implied in cell.implied:
         if (value := implied.value(facts)) is not None:
             facts.setdefault(implied.field, value)
     for count in cell.counts:
-        _check_count(keys, count.key.format(a=cell.arch), facts.get(count.field))
-    return facts
+        if count.field not in spoilt:  # a list that could not be read has no length
+            faults += _count_faults(keys, count.key.format(a=cell.arch), facts.get(count.field))
+    return facts, faults
 
 
 def _stored(entry: KeyValue, row: Row, name: str) -> Any:
@@ -272,10 +287,11 @@ def _decoded(row: Row, stored: Any, facts: Facts, name: str) -> Any:
         raise WrongInput(f"{name}: found {stored!r}, but a key that it belongs to is missing or empty") from error
 
 
-def _check_count(keys: Mapping[str, KeyValue], name: str, values: Any) -> None:
+def _count_faults(keys: Mapping[str, KeyValue], name: str, values: Any) -> list[str]:
     if name not in keys:
-        return
+        return []
     if values is None:
-        raise WrongInput(f"{name}: a count without its list; the loader would guess the entries")
+        return [f"{name}: a count without its list; the loader would guess the entries"]
     if keys[name].value != len(values):
-        raise WrongInput(f"{name}: found {keys[name].value}, but the list has {len(values)} entries")
+        return [f"{name}: found {keys[name].value}, but the list has {len(values)} entries"]
+    return []

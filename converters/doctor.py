@@ -1,0 +1,157 @@
+"""Doctor: whether a drafter's GGUF is whole, whether it is the checkpoint's, whether it is the target's.
+
+A path goes in, gates come out. Nothing is run and nothing is printed; what no loader says aloud is said here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from convert_drafter.converters.against_source import Agreement, agreement, read_source
+from convert_drafter.converters.drafter_file import cell_of_file
+from convert_drafter.converters.encoding import cores
+from convert_drafter.converters.errors import Problems, WrongInput, WrongUsage
+from convert_drafter.converters.gguf_file import ARCHITECTURE, file_access
+from convert_drafter.converters.gguf_read import GGUFFile, read_gguf
+from convert_drafter.converters.loader_keys import key_faults, provenance_faults
+from convert_drafter.converters.pairing import PAIRING, check_pairing
+from convert_drafter.converters.structure import Finding, Survey, survey
+from convert_drafter.converters.target import read_target
+from convert_drafter.converters.tensor_errors import Comparison, Health, OnBytes, health
+from convert_drafter.converters.tokenizer_faults import tokenizer_faults
+from convert_drafter.converters.verify.verdict import Gate, Outcome
+
+STRUCTURE = "structure"
+MAGIC = b"GGUF"
+LARGEST = 1e9  # relative error of something where the checkpoint has zeros: JSON knows no infinity
+
+
+def doctor(
+    path: Path,
+    target: Path | None = None,
+    source: Path | None = None,
+    settings: Mapping[str, str] | None = None,
+    on_bytes: OnBytes | None = None,
+) -> tuple[Gate, ...]:
+    """The gates "structure" and, with a target, "pairing" of a drafter's GGUF.
+
+    With `source`, a checkpoint, structure includes that every fact and tensor is its own; `settings` correct its config
+    as in a conversion. `on_bytes` hears of the bytes looked at: the file's once, with a source twice. Raises
+    `WrongUsage` for a folder, `WrongInput` for what is no drafter's GGUF and for a target or source that cannot be
+    read.
+    """
+    hear: Callable[[int], None] = on_bytes or (lambda n: None)
+    file = _opened(path)
+    if isinstance(file, Gate):
+        return _alone(file, target)
+    if ARCHITECTURE not in file.keys:
+        missing = Finding(f"{ARCHITECTURE}: missing, expected the architecture every runtime asks for first")
+        return _alone(_gate("", [missing]), target)
+    cell = cell_of_file(file)
+    found = survey(file, cell, None if target is None else read_target(target))
+    published = None if source is None else read_source(found, source, target, settings or {})
+    sick = _health(file, hear)
+    broken = frozenset(name for name, state in sick.items() if state.broken)
+    agreed = Agreement(()) if published is None else agreement(found, published, broken, hear)
+    structure = _structure(found, sick, agreed, source)
+    return (structure,) if target is None else (structure, check_pairing(found, target))
+
+
+def _alone(structure: Gate, target: Path | None) -> tuple[Gate, ...]:
+    skipped = Gate(PAIRING, Outcome.SKIPPED, "not asked: the file cannot be read")
+    return (structure,) if target is None else (structure, skipped)
+
+
+def _opened(path: Path) -> GGUFFile | Gate:
+    """The file, or the gate that says where its bytes are wrong; `WrongInput` where it is no GGUF at all."""
+    if path.is_dir():
+        raise WrongUsage(f"{path}: is a folder, expected a drafter's GGUF; `inspect` reads checkpoints")
+    try:
+        return read_gguf(path)
+    except WrongInput as error:
+        if not path.is_file():
+            raise
+        with file_access(path, "read"), path.open("rb") as file:
+            if file.read(len(MAGIC)) != MAGIC:
+                raise
+        lines = error.problems if isinstance(error, Problems) else (str(error).removeprefix(f"{path}: "),)
+        return Gate(STRUCTURE, Outcome.FAIL, "the file is damaged", lines)
+
+
+def _health(file: GGUFFile, on_bytes: OnBytes) -> dict[str, Health]:
+    with cores() as run:
+        return {name: health(file, stored, run, on_bytes) for name, stored in file.tensors.items()}
+
+
+def _structure(found: Survey, sick: dict[str, Health], agreed: Agreement, source: Path | None) -> Gate:
+    findings = [
+        *found.findings,
+        *key_faults(found.cell, found.file.keys, found.facts),
+        *tokenizer_faults(found.file.keys, found.facts, needed=found.cell.tokenizer),
+        *_values(found.file, sick),
+        *_bounds(found.file),
+        *provenance_faults(found.cell, found.file.keys),
+        *agreed.findings,
+    ]
+    types = Counter(stored.type.name for stored in found.file.tensors.values())
+    kinds = ", ".join(f"{count} {name}" for name, count in types.most_common())
+    summary = f"{found.cell.kind} drafter for {found.cell.runtime}: {len(found.file.tensors)} tensors ({kinds})"
+    return _gate(f"{summary}{_compared(agreed.compared, source)}", findings, agreed.compared)
+
+
+def _compared(compared: Iterable[Comparison], source: Path | None) -> str:
+    if source is None:
+        return ""
+    all_of_them = list(compared)
+    exact = sum(c.exact for c in all_of_them)
+    if exact == len(all_of_them) > 0:
+        return ", bit for bit what the checkpoint's weights encode to"
+    return f"; {exact} of {len(all_of_them)} compared are bit for bit what the checkpoint's weights encode to"
+
+
+def _gate(summary: str, findings: Iterable[Finding], compared: Iterable[Comparison] = ()) -> Gate:
+    """Faults first, notes after them."""
+    every = list(dict.fromkeys(findings))
+    faults = [finding.text for finding in every if finding.fault]
+    notes = [f"note: {finding.text}" for finding in every if not finding.fault]
+    tensors = [
+        {
+            "name": c.name,
+            "type": c.type,
+            "relative": min(c.relative, LARGEST),
+            "allowed": c.allowed,
+            "max": c.max,
+            "wrong": c.too_far or c.broken_group,
+        }
+        for c in compared
+    ]
+    figures = {"tensors": tensors} if tensors else {}
+    if faults:
+        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        return Gate(STRUCTURE, Outcome.FAIL, f"{count}; {summary}" if summary else count, (*faults, *notes), figures)
+    return Gate(STRUCTURE, Outcome.PASS, summary, tuple(notes), figures)
+
+
+def _values(file: GGUFFile, sick: dict[str, Health]) -> Iterable[Finding]:
+    for name, state in sick.items():
+        stored = file.tensors[name]
+        row = stored.shape[-1]
+        if state.first is not None:
+            place = f"row {state.first // row}, column {state.first % row}"
+            count = f"{state.broken} of {stored.n_elements} weights are no finite number"
+            yield Finding(f"{name} ({stored.type.name}): {count}, the first at {place}")
+        elif state.zero:
+            vector = "a norm of zeros silences what it scales" if len(stored.shape) == 1 else "was it ever written?"
+            yield Finding(f"{name}: all {stored.n_elements} weights are zero: {vector}", fault=False)
+
+
+def _bounds(file: GGUFFile) -> Iterable[Finding]:
+    """The reader holds every tensor inside the file; what lies behind the last one is only told."""
+    end = max((file.offsets[name] + stored.n_bytes for name, stored in file.tensors.items()), default=None)
+    if end is None:
+        return
+    rest = file.path.stat().st_size - (end + -end % file.alignment)
+    if rest > 0:
+        yield Finding(f"{rest} bytes after the last tensor, which nobody reads", fault=False)
