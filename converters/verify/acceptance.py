@@ -42,6 +42,4 @@ def total(each: Iterable[Acceptance]) -> Acceptance:
     def added(name: str) -> tuple[int, ...]:
         return tuple(sum(counts[i] for w in walks if i < len(counts := getattr(w, name))) for i in range(size))
 
-    return Acceptance(
-        sum(w.steps for w in walks), sum(w.committed for w in walks), added("drafted"), added("accepted")
-    )
+    return Acceptance(sum(w.steps for w in walks), sum(w.committed for w in walks), added("drafted"), added("accepted"))

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 from convert_drafter.converters.checkpoint import read_rows
 from convert_drafter.converters.convert import Published
-from convert_drafter.converters.dialects import cell_of_arch, read
+from convert_drafter.converters.drafter_file import DrafterFile, read_drafter_file
 from convert_drafter.converters.drafters import rules_of
-from convert_drafter.converters.errors import Problems, WrongInput
-from convert_drafter.converters.gguf_read import read_gguf
+from convert_drafter.converters.errors import Problems
 from convert_drafter.converters.roles import TensorKey
-from convert_drafter.converters.spec import DrafterSpec, spec_from
+from convert_drafter.converters.spec import DrafterSpec
+from convert_drafter.converters.target import Target
 from convert_drafter.converters.verify.reference.dflash import DFlash
 from convert_drafter.quant import TYPES, dequantize
 
@@ -36,31 +36,38 @@ def checkpoint_weights(published: Published) -> Weights:
     return out
 
 
-def gguf_weights(path: Path) -> tuple[DrafterSpec, Weights]:
-    """Facts and dequantized tensors of a drafter's GGUF in any dialect. Raises `WrongInput` for another file."""
-    file = read_gguf(path)
-    entry = file.keys.get("general.architecture")
-    cell = None if entry is None else cell_of_arch(str(entry.value))
-    if cell is None:
-        raise WrongInput(f"{path}: general.architecture: found {entry and entry.value!r}, expected a drafter's")
-    spec = spec_from(read(cell, file.keys))
-    weights = {}
-    for key in parameter_names(spec):
-        stored = file.tensors.get(cell.tensor_name(key) or "")
-        if stored is not None:
-            data = file.tensor_bytes(stored.name)
-            weights[key] = dequantize(data, TYPES[stored.type.name], stored.shape)
-    return spec, weights
+def gguf_weights(
+    path: Path, settings: Mapping[str, str] | None = None, target: Target | None = None
+) -> tuple[DrafterSpec, Weights]:
+    """Facts and dequantized tensors of a drafter's GGUF in any dialect.
+
+    `settings` and `target` as in `read_drafter_file`. Raises `WrongInput` for another file, with all its problems.
+    """
+    file = read_drafter_file(path, settings, target)
+    return file.spec, file_weights(file)
+
+
+def file_weights(file: DrafterFile) -> Weights:
+    """The dequantized tensors of a file that was read. Raises `Problems` where its tensors do not fit its facts."""
+    if file.problems:
+        raise Problems(str(file.file.path), file.problems)
+    return {
+        key: dequantize(file.file.tensor_bytes(stored.name), TYPES[stored.type.name], stored.shape)
+        for key, stored in file.tensors.items()
+    }
 
 
 def parameter_names(spec: DrafterSpec) -> dict[TensorKey, str]:
-    """Canonical key -> parameter of the reference, which carries the checkpoint's names."""
-    return {key: rule.source_name(key) for rule in rules_of(spec.kind) for key in rule.keys(spec)}
+    """Canonical key -> parameter of the reference, which carries the checkpoint's names (the first of several)."""
+    rules = reversed(rules_of(spec.kind))
+    return {key: rule.source_name(key) for rule in rules for key in rule.keys(spec)}
 
 
 def reference(spec: DrafterSpec, weights: Mapping[TensorKey, NDArray[Any]]) -> DFlash:
-    """The torch reference with these weights; a missing or extra parameter is an error of torch's."""
+    """The torch reference over these weights, which it shares; a missing or misshapen one is an error of torch's."""
     names = parameter_names(spec)
-    drafter = DFlash(spec)
-    drafter.load_state_dict({names[key]: torch.from_numpy(array.copy()) for key, array in weights.items()})
-    return drafter.eval()
+    with torch.device("meta"):  # no memory, no random numbers: every parameter is assigned
+        drafter = DFlash(spec, {role for role, _ in weights})
+    state = {names[key]: torch.from_numpy(np.require(array, requirements=["C", "W"])) for key, array in weights.items()}
+    drafter.load_state_dict(state, assign=True)
+    return drafter.eval().requires_grad_(False)

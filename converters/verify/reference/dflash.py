@@ -1,20 +1,28 @@
 """DFlash in torch, to be read from top to bottom: what a converted drafter has to compute.
 
-The target's hidden states after the capture layers are fused into one feature per position; the features are the
-keys and values of all positions already decided, and one block of mask tokens is denoised in a single pass.
+The target's hidden states after the capture layers are fused into one feature per position. A feature gives every
+layer a key and a value, once: these are the context, and one block of mask tokens is denoised over it in a single pass.
 Source of the algorithm: z-lab/dflash (arXiv 2602.06036) and llama.cpp's `src/models/dflash.cpp`.
 
-Shapes: T context positions, Q block positions, H hidden, K capture layers, n/m heads and kv heads, d head_dim.
-The modules carry the checkpoint's tensor names, so `load_state_dict` takes a published file as it is.
+Shapes: T context positions, Q block positions, H hidden, K capture layers, n/m heads and kv heads, d head_dim; `...`
+are leading batch dimensions. The modules carry the checkpoint's tensor names, so `load_state_dict` takes a published
+file as it is.
 """
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from convert_drafter.converters.roles import Role
 from convert_drafter.converters.spec import DrafterSpec
+from convert_drafter.converters.verify.reference.rope import rotate
+
+HEAD_ROWS = 2**15  # a head in fewer bits is widened piece by piece: whole, it takes gigabytes
+Context = list[tuple[Tensor, Tensor]]  # per layer: keys, turned by their positions, and values, both (..., m, T, d)
 
 
 class RMSNorm(nn.Module):
@@ -27,50 +35,60 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
 
 
-def rotate(x: Tensor, positions: Tensor, theta: float, dimensions: int) -> Tensor:
-    """Rotate-half RoPE on the first `dimensions` of each head. x (..., heads, S, d), positions (S,)."""
-    half = dimensions // 2
-    frequency = theta ** (-torch.arange(half, dtype=torch.float64) / half)
-    angle = (positions[:, None].double() * frequency).to(x.dtype)  # (S, half)
-    cos, sin = angle.cos(), angle.sin()
-    a, b, rest = x[..., :half], x[..., half:dimensions], x[..., dimensions:]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
-
-
 class Attention(nn.Module):
-    def __init__(self, spec: DrafterSpec, layer: int) -> None:
+    def __init__(self, spec: DrafterSpec, layer: int, roles: Collection[Role]) -> None:
         super().__init__()
         self.spec = spec
         self.window = spec.window.size if spec.window and spec.window.layers[layer] else None
         hidden, d = spec.hidden_size, spec.head_dim
-        self.q_proj = nn.Linear(hidden, spec.head_count * d, bias=False)
-        self.k_proj = nn.Linear(hidden, spec.kv_head_count * d, bias=False)
-        self.v_proj = nn.Linear(hidden, spec.kv_head_count * d, bias=False)
-        self.o_proj = nn.Linear(spec.head_count * d, hidden, bias=False)
+        self.q_proj = nn.Linear(hidden, spec.head_count * d, bias=Role.ATTN_Q_BIAS in roles)
+        self.k_proj = nn.Linear(hidden, spec.kv_head_count * d, bias=Role.ATTN_K_BIAS in roles)
+        self.v_proj = nn.Linear(hidden, spec.kv_head_count * d, bias=Role.ATTN_V_BIAS in roles)
+        self.o_proj = nn.Linear(spec.head_count * d, hidden, bias=Role.ATTN_OUTPUT_BIAS in roles)
         self.q_norm = RMSNorm(d, spec.norm_epsilon)
         self.k_norm = RMSNorm(d, spec.norm_epsilon)
+        self.sinks = nn.Parameter(torch.zeros(spec.head_count)) if Role.ATTN_SINKS in roles else None
 
     def heads(self, x: Tensor) -> Tensor:
         """(..., S, heads * d) -> (..., heads, S, d)"""
         return x.unflatten(-1, (-1, self.spec.head_dim)).transpose(-2, -3)
 
-    def rope(self, x: Tensor, positions: Tensor) -> Tensor:
-        return rotate(x, positions, self.spec.rope.theta, self.spec.rope.dimensions)
+    def rope(self, x: Tensor, positions: Tensor, theta: float) -> Tensor:
+        return rotate(x, positions, self.spec.rope, theta, self.spec.context_length)
 
-    def forward(self, x: Tensor, at: Tensor, context: Tensor, context_at: Tensor, visible: Tensor) -> Tensor:
-        both = torch.cat(
-            [context, x], dim=-2
-        )  # (..., T + Q, H): context features and block states share k_proj, v_proj
-        both_at = torch.cat([context_at, at])
-        q = self.rope(self.q_norm(self.heads(self.q_proj(x))), at)  # (..., n, Q, d)
-        k = self.rope(self.k_norm(self.heads(self.k_proj(both))), both_at)  # (..., m, T + Q, d)
-        v = self.heads(self.v_proj(both))
+    def keys_values(self, x: Tensor, at: Tensor, theta: float) -> tuple[Tensor, Tensor]:
+        """(..., S, H) -> keys and values (..., m, S, d); context features and block states share k_proj and v_proj."""
+        return self.rope(self.k_norm(self.heads(self.k_proj(x))), at, theta), self.heads(self.v_proj(x))
+
+    def inject(self, features: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+        """Context keys may have a base of their own (MiMo); features do not pass input_layernorm."""
+        return self.keys_values(features, at, self.spec.context_theta or self.spec.rope.theta)
+
+    def forward(
+        self, x: Tensor, at: Tensor, context: tuple[Tensor, Tensor], context_at: Tensor, visible: Tensor
+    ) -> Tensor:
+        theta = self.spec.rope.theta
+        q = self.rope(self.q_norm(self.heads(self.q_proj(x))), at, theta)  # (..., n, Q, d)
+        block_k, block_v = self.keys_values(x, at, theta)
+        k = torch.cat([context[0], block_k], dim=-2)  # (..., m, T + Q, d)
+        v = torch.cat([context[1], block_v], dim=-2)
         if self.window is not None:
-            visible = visible & (at[:, None] - both_at[None, :] < self.window)
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)
+            visible = visible & (at[:, None] - torch.cat([context_at, at])[None, :] < self.window)
+        if self.sinks is None:
+            o = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)
+        else:
+            o = attend_with_sinks(q, k, v, visible, self.sinks)
         o = self.o_proj(o.transpose(-2, -3).flatten(-2))  # (..., Q, H)
         scale = self.spec.attention_value_scale
         return o if scale is None else o * scale
+
+
+def attend_with_sinks(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, sinks: Tensor) -> Tensor:
+    """Attention with one more logit per head in the softmax: a key of zeros with the sink as bias, worth nothing."""
+    k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))  # (..., m, S + 1, d)
+    bias = torch.zeros(len(sinks), *visible.shape, dtype=q.dtype, device=q.device).masked_fill(~visible, -torch.inf)
+    sink = sinks[:, None, None].expand(-1, visible.shape[0], 1).to(q.dtype)  # (n, Q, 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=torch.cat([bias, sink], dim=-1), enable_gqa=True)
 
 
 class FeedForward(nn.Module):
@@ -85,46 +103,73 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, spec: DrafterSpec, layer: int) -> None:
+    def __init__(self, spec: DrafterSpec, layer: int, roles: Collection[Role]) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(spec.hidden_size, spec.norm_epsilon)
-        self.self_attn = Attention(spec, layer)
+        self.self_attn = Attention(spec, layer, roles)
         self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.norm_epsilon)
         self.mlp = FeedForward(spec)
 
-    def forward(self, x: Tensor, at: Tensor, context: Tensor, context_at: Tensor, visible: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, at: Tensor, context: tuple[Tensor, Tensor], context_at: Tensor, visible: Tensor
+    ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), at, context, context_at, visible)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class DFlash(nn.Module):
-    """A DFlash drafter without embedding and head: both are the target's."""
+    """A DFlash drafter. `roles` are the tensors it has beside those every DFlash drafter has.
 
-    def __init__(self, spec: DrafterSpec) -> None:
+    Embedding and head are the target's, unless they are among `roles`.
+    """
+
+    def __init__(self, spec: DrafterSpec, roles: Collection[Role] = ()) -> None:
         super().__init__()
         self.spec = spec
-        width = len(spec.capture_layers) * spec.target_hidden_size
-        self.fc = nn.Linear(width, spec.hidden_size, bias=False)
-        self.hidden_norm = RMSNorm(spec.hidden_size, spec.norm_epsilon)
-        self.layers = nn.ModuleList(Layer(spec, i) for i in range(spec.layer_count))
-        self.norm = RMSNorm(spec.hidden_size, spec.norm_epsilon)
+        width, hidden = len(spec.capture_layers) * spec.target_hidden_size, spec.hidden_size
+        self.fc = nn.Linear(width, hidden, bias=False)
+        self.hidden_norm = RMSNorm(hidden, spec.norm_epsilon)
+        self.layers = nn.ModuleList(Layer(spec, i, roles) for i in range(spec.layer_count))
+        self.norm = RMSNorm(hidden, spec.norm_epsilon)
+        self.embed_tokens = nn.Embedding(spec.vocab_size, hidden) if Role.TOKEN_EMBEDDING in roles else None
+        self.lm_head = nn.Linear(hidden, spec.vocab_size, bias=False) if Role.OUTPUT in roles else None
 
     def fuse(self, captured: Tensor) -> Tensor:
         """Captured states side by side in capture order -> context features: (..., T, K * H) -> (..., T, H)."""
         feature: Tensor = self.hidden_norm(self.fc(captured))
         return feature
 
-    def forward(self, x: Tensor, at: Tensor, context: Tensor, context_at: Tensor, visible: Tensor) -> Tensor:
+    def inject(self, features: Tensor, at: Tensor) -> Context:
+        """Fused features (..., T, H) at the positions `at` (T,) -> every layer's context keys and values."""
+        return [layer.self_attn.inject(features, at) for layer in self.layers]
+
+    def forward(self, x: Tensor, at: Tensor, context: Context, context_at: Tensor, visible: Tensor) -> Tensor:
         """Denoise block embeddings to final hidden states: x (..., Q, H) -> (..., Q, H).
 
         `at` (Q,) and `context_at` (T,) are positions; `visible` (Q, T + Q) bool, True where a query may look.
         """
         if self.spec.embedding_scale is not None:
             x = x * self.spec.embedding_scale
-        for layer in self.layers:
-            x = layer(x, at, context, context_at, visible)
+        for layer, injected in zip(self.layers, context, strict=True):
+            x = layer(x, at, injected, context_at, visible)
         out: Tensor = self.norm(x)
         return out
+
+    def tables(self, embedding: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
+        """Embedding and head in use, (vocab, H): the target's, or the drafter's own; an own embedding serves for both.
+
+        That is llama.cpp's order: head, else own embedding, else the target's head.
+        """
+        if self.embed_tokens is not None:
+            embedding = head = self.embed_tokens.weight
+        return embedding, head if self.lm_head is None else self.lm_head.weight
+
+    def logits(self, hidden: Tensor, head: Tensor) -> Tensor:
+        """Final hidden states (..., Q, H) over `head` (vocab, H) -> (..., Q, vocab); scaled, then capped."""
+        out = torch.cat([hidden @ rows.to(hidden.dtype).T for rows in head.split(HEAD_ROWS)], dim=-1)
+        out = out if self.spec.logit_scale is None else out * self.spec.logit_scale
+        cap = self.spec.logit_softcap
+        return out if cap is None else torch.tanh(out / cap) * cap
 
 
 def block_visibility(length: int, context: int, causal: bool) -> Tensor:
@@ -134,15 +179,17 @@ def block_visibility(length: int, context: int, causal: bool) -> Tensor:
 
 
 @torch.no_grad()
-def draft(drafter: DFlash, embedding: Tensor, head: Tensor, context: Tensor, anchor: int, count: int) -> Tensor:
+def draft(drafter: DFlash, embedding: Tensor, head: Tensor, context: Context, anchor: int, count: int) -> Tensor:
     """Logits of the `count` tokens after `anchor`: (count, vocab).
 
-    `context` (T, H) are the fused features of positions 0..T-1, `anchor` is the token at position T, not yet seen by
-    the target; `embedding` and `head` are the target's (vocab, H).
+    `context` holds the keys and values of positions 0..T-1, `anchor` is the token at position T, not yet seen by the
+    target; `embedding` and `head` are the target's (vocab, H).
     """
-    spec, start = drafter.spec, context.shape[0]
-    tokens = torch.tensor([anchor] + [spec.mask_token_id] * count)
-    at = torch.arange(start, start + count + 1)
-    visible = block_visibility(count + 1, start, spec.causal)
-    hidden = drafter(embedding[tokens], at, context, torch.arange(start), visible)
-    return hidden[1:] @ head.T
+    start, device = context[0][0].shape[-2], embedding.device
+    embedding, head = drafter.tables(embedding, head)
+    tokens = torch.tensor([anchor] + [drafter.spec.mask_token_id] * count, device=device)
+    at, context_at = torch.arange(start, start + count + 1, device=device), torch.arange(start, device=device)
+    visible = block_visibility(count + 1, start, drafter.spec.causal).to(device)
+    x = embedding[tokens].to(drafter.fc.weight.dtype)
+    hidden = drafter(x, at, context, context_at, visible)
+    return drafter.logits(hidden[1:], head)

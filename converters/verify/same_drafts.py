@@ -1,0 +1,59 @@
+"""Do two drafters draft the same? Their distributions on identical inputs, position by position.
+
+Acceptance cannot see every fault: on a tiny pair a causal block costs 0.1 tokens per step and another capture layer
+0.01, yet every distribution is another one. What a quantized file may differ by is measured, not guessed: a twin of
+the original gets noise of each tensor's own quantization error, and the file may not be much further away than it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from convert_drafter.converters.roles import TensorKey
+from convert_drafter.converters.verify.drafting import Reading, Variant
+from convert_drafter.converters.verify.measured import Agreement
+
+SEED = 7
+
+
+def compare(original: Reading, other: Reading) -> Agreement:
+    """Both drafters from the anchors of the original's steps. Drafts that a shorter block lacks count as differing."""
+    compared, equal, divergence = [0] * original.size, [0] * original.size, 0.0
+    for position, _, _ in original.steps():
+        a, b = original.logits(position), other.logits(position)
+        shared = min(len(a), len(b))
+        same = (a[:shared].argmax(-1) == b[:shared].argmax(-1)).tolist()
+        for i in range(len(a)):
+            compared[i] += 1
+            equal[i] += i < shared and same[i]
+        divergence += _divergence(a[:shared], b[:shared])
+    return Agreement(tuple(compared), tuple(equal), divergence)
+
+
+def _divergence(a: Tensor, b: Tensor) -> float:
+    """Sum over rows of KL(softmax(a) || softmax(b)), both (n, vocab) f32; NaN logits diverge without bound."""
+    p, q = a.double().log_softmax(-1), b.double().log_softmax(-1)
+    return float(torch.nan_to_num((p.exp() * (p - q)).sum(), nan=float("inf"), posinf=float("inf")))
+
+
+def twin(original: Variant, errors: Mapping[TensorKey, float]) -> Variant:
+    """The original with Gaussian noise of the given root mean square error in each tensor."""
+    random = np.random.default_rng(SEED)
+
+    def noisy(key: TensorKey, array: NDArray[np.float32]) -> NDArray[np.float32]:
+        error = np.float32(errors.get(key, 0))
+        return array + error * random.standard_normal(array.shape, np.float32) if error else array
+
+    weights = {key: noisy(key, array) for key, array in original.weights.items()}
+    return Variant(f"{original.name} with noise", original.spec, weights, original.captures)
+
+
+def rms_errors(original: Variant, other: Variant) -> dict[TensorKey, float]:
+    """Root mean square difference of each tensor that both have; the original's order."""
+    shared = ((key, a, other.weights.get(key)) for key, a in original.weights.items())
+    return {key: float(np.sqrt(np.mean((a - b) ** 2))) for key, a, b in shared if b is not None and a.shape == b.shape}
