@@ -50,19 +50,19 @@ dev: $(VENV)/.dev .links/convert_drafter ## Install everything development needs
 
 # --- the two commands of the README, and the checks ---
 
-demo: $(VENV)/.verify ## Convert the tiny drafter, quantize it, check that it drafts as well as the original
+demo: $(VENV)/.verify ## Convert the tiny drafter, quantize it, verify it against its target
 	mkdir -p out
 	$(DRAFTER) inspect $(PAIR)/drafter
 	$(DRAFTER) convert $(PAIR)/drafter --target $(PAIR)/target --for llama.cpp --quant BF16 -o out/tiny-BF16.gguf
 	$(DRAFTER) quantize out/tiny-BF16.gguf out/tiny-Q8_0.gguf Q8_0
 	$(DRAFTER) convert $(PAIR)/drafter --target $(PAIR)/target --for llama.cpp --quant Q5_K_M-drafter --report -o out/tiny-Q5_K_M-drafter.gguf
-	$(BIN)/python fixtures/measure_pair.py --gguf out/tiny-BF16.gguf --gguf out/tiny-Q8_0.gguf --gguf out/tiny-Q5_K_M-drafter.gguf
+	$(DRAFTER) verify out/tiny-Q5_K_M-drafter.gguf --target $(PAIR)/target --source $(PAIR)/drafter --prompts $(PAIR)/prompts.jsonl --json out/verify.json --html out/verify.html
 
 test: $(VENV)/.dev ## Run the tests (no network, no llama.cpp, a few minutes)
 	$(BIN)/python -m pytest
 
 test-engine: $(VENV)/.engine ## Run the tests against the real llama.cpp, and the slow ones
-	$(BIN)/python -m pytest -m "engine or slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "engine or slow" # the tiny models are slower on two threads
 
 lint: dev ## Check style and types
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ The public Python face; the command line calls the same functions. torch and tra
 from __future__ import annotations
 
 from convert_drafter.converters.convert import Conversion, ConvertJob, Report, convert, prepare, write_conversion
+from convert_drafter.converters.doctor import doctor
 from convert_drafter.converters.errors import DrafterError, MissingEngine, Problems, WrongInput, WrongUsage
 from convert_drafter.converters.inspection import Inspection, inspect
 from convert_drafter.converters.quantize import (
@@ -44,6 +45,7 @@ __all__ = [
     "WrongInput",
     "WrongUsage",
     "convert",
+    "doctor",
     "inspect",
     "prepare",
     "prepare_quantize",

@@ -3,91 +3,59 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
-from convert_drafter.converters import show, show_quantize
+from convert_drafter.converters import show, show_doctor, show_quantize
 from convert_drafter.converters.convert import ConvertJob, prepare, write_conversion
-from convert_drafter.converters.dialects import RUNTIMES
-from convert_drafter.converters.errors import DrafterError
+from convert_drafter.converters.doctor import doctor
+from convert_drafter.converters.errors import DrafterError, plain
 from convert_drafter.converters.inspection import inspect
+from convert_drafter.converters.options import (
+    INPUT,
+    encoding_options,
+    json_option,
+    parse_settings,
+    runtime_option,
+    settings_option,
+    verify_options,
+)
 from convert_drafter.converters.provenance import tool_version
 from convert_drafter.converters.quantize import QuantizeJob, prepare_quantize, write_quantization
 from convert_drafter.converters.recipes import RECIPES
 from convert_drafter.converters.redialect import RedialectJob, prepare_redialect, write_redialection
-from convert_drafter.converters.type_choice import TypeOptions
+from convert_drafter.converters.verify import html, report
+from convert_drafter.converters.verify.job import VerifyJob
+from convert_drafter.converters.verify.measured import Watch
+from convert_drafter.converters.verify.verdict import Outcome, Verdict
+from convert_drafter.converters.verify.verify import verify
 
-INPUT = click.Path(path_type=Path)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
-TYPE_WISHES = ("tensor_types", "pure", "output_type", "embedding_type", "no_fallback")
+results = Console(highlight=False)
+STDOUT = Path("-")
 PATIENCE = 1e-4  # seconds a thread waits before it asks for Python's lock; with Python's own 5 ms cores stand idle
 INTERRUPTED = 130  # what a shell reports for a process ended by Ctrl-C
-
-
-def settings_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option(
-        "--set", "settings", multiple=True, metavar="KEY=VALUE", callback=parse_settings,
-        help="Give or correct a config fact, e.g. --set dflash_config.block_size=16. Recorded in the file.",
-    )(command)  # fmt: skip
-
-
-def runtime_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    choice = click.Choice(RUNTIMES, case_sensitive=False)
-    return click.option("--for", "runtime", type=choice, required=True, help="The runtime that will load it.")(command)
-
-
-def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(command)
-
-
-def parse_settings(context: click.Context, parameter: click.Parameter, values: Sequence[str]) -> dict[str, str]:
-    pairs = [value.partition("=") for value in values]
-    for key, equals, _ in pairs:
-        if not key or not equals:
-            raise click.BadParameter("expected KEY=VALUE", context, parameter)
-    return {key: text for key, _, text in pairs}
-
-
-def parse_types(
-    context: click.Context, parameter: click.Parameter, values: Sequence[str]
-) -> tuple[tuple[str, str], ...]:
-    """REGEX=TYPE; a regex may hold an equals sign, a type's name cannot."""
-    pairs = [value.rpartition("=") for value in values]
-    if any(not regex or not name for regex, _, name in pairs):
-        raise click.BadParameter("expected REGEX=TYPE", context, parameter)
-    return tuple((regex, name) for regex, _, name in pairs)
-
-
-def encoding_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """How weights are encoded: the same options for `convert` and `quantize`; the command gets `options`."""
-
-    @wraps(command)
-    def with_options(*arguments: Any, **given: Any) -> Any:
-        wishes = TypeOptions(**{name: given.pop(name) for name in TYPE_WISHES})
-        return command(*arguments, options=wishes, **given)
-
-    for option in reversed((
-        click.option("--tensor-type", "tensor_types", multiple=True, metavar="REGEX=TYPE", callback=parse_types,
-                     help="Give tensors a type of their own; the first regex found in a name decides."),
-        click.option("--pure", is_flag=True, help="The recipe's own type for every matrix, no mixture."),
-        click.option("--output-tensor-type", "output_type", metavar="TYPE", help="Type of the output head."),
-        click.option("--token-embedding-type", "embedding_type", metavar="TYPE", help="Type of the embedding."),
-        click.option("--no-fallback", is_flag=True, help="Refuse if a tensor's rows do not fit its type."),
-        click.option("--imatrix", "importance", type=INPUT, help="Importance of columns, from llama-imatrix."),
-        click.option("--threads", type=click.IntRange(1), help="Cores to use; all without it."),
-        click.option("--report", "measure", is_flag=True, help="Show what encoding did to each tensor."),
-    )):  # fmt: skip
-        with_options = option(with_options)
-    return with_options
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -196,6 +164,57 @@ def inspect_command(path: Path, settings: dict[str, str], as_json: bool) -> None
     emit(as_json, inspection.as_json(), lambda: show.inspection(inspection))
 
 
+@cli.command("doctor")
+@click.argument("path", metavar="FILE", type=INPUT)
+@click.option("--target", type=INPUT, help="The target's Hugging Face folder or GGUF: is the file this target's?")
+@click.option("--source", type=INPUT, help="The checkpoint: are these its facts and its weights?")
+@json_option
+def doctor_command(path: Path, target: Path | None, source: Path | None, as_json: bool) -> int:
+    """Find every fault of a drafter's GGUF without running it: exit status 0 for none, 1 for faults.
+
+    \b
+    convert-drafter doctor dflash-Qwen3.6-27B-Q8_0.gguf --target Qwen3.6-27B --source Qwen3.6-27B-DFlash
+    """
+    total = path.stat().st_size * (1 if source is None else 2) if path.is_file() else 0
+    with progress(path.name, total) as advance:
+        gates = doctor(path, target, source, on_bytes=advance)
+    emit(as_json, show_doctor.diagnosis_json(path, gates), lambda: plain(show_doctor.diagnosis(path, gates)))
+    return int(any(gate.outcome is Outcome.FAIL for gate in gates))
+
+
+@cli.command("verify")
+@verify_options
+@click.option("--strict", is_flag=True, help="Exit with 1 also where too few prompts decide nothing.")
+@click.option("--json", "json_out", type=INPUT, metavar="R.json", help="Write the verdict as JSON; - prints it.")
+@click.option("--html", "html_out", type=INPUT, metavar="R.html", help="Write the verdict as a page of its own.")
+def verify_command(job: VerifyJob, strict: bool, json_out: Path | None, html_out: Path | None) -> int:
+    """Run a drafter's GGUF with its target and say whether it is as good as the original: 0 yes, 1 no.
+
+    \b
+    convert-drafter verify dflash-Qwen3.6-27B-Q8_0.gguf --target Qwen3.6-27B --source Qwen3.6-27B-DFlash
+    """
+    places = {report.write_json: json_out, html.write_page: html_out}
+    written = {write: path for write, path in places.items() if path is not None and path != STDOUT}
+    report.check_places([*written.values(), *filter(None, [job.repair])], job.inputs)  # before minutes are spent
+    if html_out is not None:
+        html.check_installed()
+    with phases() as watch:
+        verdict = verify(replace(job, command=click.get_current_context().find_root().obj), watch)
+    for write, path in written.items():
+        write(verdict, path)
+    show_verdict(verdict, as_json=json_out == STDOUT)
+    return verdict.exit_code(strict)
+
+
+def show_verdict(verdict: Verdict, as_json: bool) -> None:
+    """In colour on a terminal, as plain text elsewhere; what cannot show Unicode gets ASCII."""
+    if as_json or not results.is_terminal:
+        unicode = results.encoding.startswith("utf")
+        emit(as_json, report.as_json(verdict), lambda: report.text(verdict, unicode=unicode))
+    else:
+        results.print(report.layout(verdict))
+
+
 @cli.command("list")
 @click.argument("what", type=click.Choice(list(show.LISTS)))
 @json_option
@@ -222,6 +241,27 @@ def progress(name: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda n: bar.advance(task, n)
 
 
+@contextmanager
+def phases() -> Iterator[Watch]:
+    """A line for each phase of long work on stderr, when it is a terminal; a total of 0 is one nobody knows."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=errors, disable=not errors.is_terminal, transient=True) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def watch(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = bars.add_task(phase)
+            bars.update(tasks[phase], completed=done, total=total or None)
+
+        yield watch
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point: every foreseeable failure is one message and an exit code, never a traceback."""
     sys.setswitchinterval(PATIENCE)
@@ -229,8 +269,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup wants it ignored
             signal.signal(number, signal.default_int_handler)
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        code = cli.main(arguments, prog_name="convert-drafter", standalone_mode=False)
+        code = cli.main(
+            words, prog_name="convert-drafter", standalone_mode=False, obj=shlex.join(["convert-drafter", *words])
+        )
     except DrafterError as error:
         fail(str(error), error.exit_code)
     except click.ClickException as error:
@@ -244,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def fail(message: str, code: int) -> NoReturn:
-    click.echo(f"error: {show.plain(message)}", err=True)
+    click.echo(f"error: {plain(message)}", err=True)
     sys.exit(code)
 
 

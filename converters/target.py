@@ -27,7 +27,7 @@ class Target:
     """`architecture` as the source names it: a class in a config, a llama.cpp name in a GGUF.
 
     `layer_count` leaves out next-token-prediction layers; `embedding_scale` is what the target multiplies its
-    embeddings by, None if it does not.
+    embeddings by, None if it does not; `context_length` in tokens, None where it is not told.
     """
 
     name: str
@@ -37,6 +37,7 @@ class Target:
     vocab_size: int
     uses_mrope: bool
     embedding_scale: float | None
+    context_length: int | None = None
 
 
 def read_target(path: Path) -> Target:
@@ -87,6 +88,7 @@ def _from_config(folder: Path) -> Target:
         vocab_size=_fact(reader, int, "vocab_size"),
         uses_mrope=any(_has_mrope(config) for config in (text, raw)),
         embedding_scale=_scale(architecture, "Gemma", hidden),
+        context_length=reader.find("context_length", int, "max_position_embeddings"),
     )
 
 
@@ -123,6 +125,7 @@ def _from_gguf(path: Path, file: GGUFFile) -> Target:
     nextn = f"{architecture}.nextn_predict_layers"
     hidden = _key(path, file.keys, f"{architecture}.embedding_length", int)
     sections = file.keys.get(f"{architecture}.rope.dimension_sections")
+    room = f"{architecture}.context_length"
     return Target(
         name=_key(path, file.keys, "general.name", str) if "general.name" in file.keys else path.stem,
         architecture=architecture,
@@ -132,6 +135,7 @@ def _from_gguf(path: Path, file: GGUFFile) -> Target:
         vocab_size=_gguf_vocab_size(path, file.keys, f"{architecture}.vocab_size"),
         uses_mrope=sections is not None and isinstance(sections.value, tuple) and any(sections.value),
         embedding_scale=_scale(architecture, "gemma", hidden),
+        context_length=_key(path, file.keys, room, int) if room in file.keys else None,
     )
 
 

@@ -22,8 +22,11 @@ FLOORS = {
     ],
     3: ["ops", "recipe_rules", "recipes", "type_choice", "plan", "provenance"],
     4: ["drafters", "dialects"],
-    5: ["convert", "inspection", "drafter_file", "quantize", "redialect", "verify"],
-    6: ["show", "show_quantize"],
+    5: [
+        *("convert", "inspection", "drafter_file", "quantize", "redialect", "verify"),
+        *("structure", "loader_keys", "tokenizer_faults", "tensor_errors", "against_source", "pairing", "doctor"),
+    ],
+    6: ["show", "show_quantize", "show_doctor", "options"],
     7: ["cli"],
 }
 # A package on one floor may use itself, but `drafters` and `dialects` do not know each other.

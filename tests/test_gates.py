@@ -26,7 +26,7 @@ def spec() -> DrafterSpec:
 
 def measured(file: Acceptance = GOOD, original: Acceptance | None = GOOD, prompts: int = 8, **more: object) -> Measured:
     names = tuple(f"prompt {n}" for n in range(prompts))
-    found = Measured(names, (file,) * prompts, (original,) * prompts if original else ())
+    found = Measured(names, (), (file,) * prompts, (original,) * prompts if original else ())
     return replace(found, **more)
 
 
@@ -57,7 +57,8 @@ def test_a_difference_nobody_can_judge_fails() -> None:
     ("kl", "expected", "outcome"),
     [
         (0.0, 0.0, Outcome.PASS),
-        (5e-5, 0.0, Outcome.PASS),
+        (5e-7, 0.0, Outcome.PASS),
+        (7e-5, 0.0, Outcome.FAIL),  # a window one token too wide
         (0.02, 0.0, Outcome.FAIL),
         (0.02, 0.01, Outcome.PASS),
         (0.2, 0.01, Outcome.FAIL),

@@ -11,7 +11,7 @@ from convert_drafter.converters.convert import read_published
 from convert_drafter.converters.verify.acceptance import Acceptance
 from convert_drafter.converters.verify.pay import StepTimes, expected_lengths, lengths_to_time, payoff
 from convert_drafter.converters.verify.prompts import Encoded
-from convert_drafter.converters.verify.sweep import LONGEST, NEW_TOKENS, context_lengths, contexts
+from convert_drafter.converters.verify.sweep import LONGEST, NEW_TOKENS, PROMPTS, context_lengths, contexts
 
 WALK = Acceptance(100, 270, (100, 100, 100, 100), (80, 50, 30, 10))
 
@@ -64,7 +64,7 @@ def test_contexts_pass_the_trained_length_where_the_target_has_room() -> None:
 def test_contexts_are_distinct_and_exactly_as_long_as_asked() -> None:
     prompts = [Encoded(str(n), tuple(range(n, n + 10))) for n in range(6)]
     found = contexts(prompts, 77)
-    assert len(found) == 3
+    assert len(found) == PROMPTS
     assert {len(context.tokens) for context in found} == {77}
-    assert len({context.tokens for context in found}) == 3
+    assert len({context.tokens for context in found}) == PROMPTS
     assert len(contexts(prompts[:1], 77)) == 1

@@ -60,12 +60,13 @@ class Loss:
 
 @dataclass(frozen=True)
 class Measured:
-    """Per prompt, in one order. `originals` and the agreements are empty without a source.
+    """Per prompt, in one order; `texts` are the target's continuations. Without a source `originals` is empty.
 
     `expected` compares the original with its noisy twin: what quantization alone would do.
     """
 
     prompts: tuple[str, ...] = ()
+    texts: tuple[tuple[int, ...], ...] = ()
     files: tuple[Acceptance, ...] = ()
     originals: tuple[Acceptance, ...] = ()
     losses: tuple[Loss, ...] = ()

@@ -14,7 +14,7 @@ from convert_drafter.converters.verify.prompts import Encoded
 
 LONGEST = 2048  # tokens, unless the user asks for more: a large target takes minutes for them
 NEW_TOKENS = 48
-PROMPTS = 3  # at each length
+PROMPTS = 4  # at each length: fewer decide nothing (statistics.LEAST)
 SHORTEST = 16
 
 

@@ -1,0 +1,170 @@
+"""What may be wrong with a drafter's file: every explanation of a low acceptance that is tried, the likeliest first.
+
+Each is the drafter with one thing mended, made of its facts and weights alone. The faults are those that converters
+and runtimes have made: a default written for a fact that was not found, a list counted from another number, rows in
+the checkpoint's order, a norm without its one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from convert_drafter.converters.spec import Rope, SlidingWindow
+from convert_drafter.converters.verify import weight_explanations
+from convert_drafter.converters.verify.view import Explanation, Family, Hints, View, changes, shown, with_facts
+
+THETAS = (1e7, 1e6, 1e4, 5e6, 5e5, 1e8)
+MASKS = (248070, 248077, 151669, 201818)  # Qwen3.5's, Qwen3.6's, Qwen3's, MiniMax's drafters
+BLOCK_SIZES = (8, 16, 4)
+WINDOWS = (2048, 4096, 1024, 512, 128)
+EPSILONS = (1e-6, 1e-5)
+
+
+def explanations(view: View, hints: Hints) -> Iterator[Explanation]:
+    """All that can be tried on this drafter, in order, made one at a time: weights are large. None twice."""
+    tried = {(view.spec, view.captures)}
+    for family in FAMILIES:
+        for explanation in family(view, hints):
+            facts = (explanation.view.spec, explanation.view.captures)
+            if explanation.view.weights is not view.weights or facts not in tried:
+                tried.add(facts)
+                yield explanation
+
+
+def layers_needed(view: View, hints: Hints) -> list[int]:
+    """Target layers whose states some explanation reads, -1 the embedding's output: what texts have to hold."""
+    mended = (explanation.view.captures for family in CAPTURING for explanation in family(view, hints))
+    return sorted({layer for layers in (view.captures, *mended) for layer in layers})
+
+
+# --- facts ---
+
+
+def fact(view: View, name: str, value: Any, why: str = "") -> Iterator[Explanation]:
+    """One fact with another value."""
+    new = with_facts(view, {name: value})
+    if new is not None:
+        old = view.facts().get(name)
+        yield Explanation(name, f"{shown(old)} -> {shown(value)}{f', {why}' if why else ''}", new)
+
+
+# Facts that the same weights can be read with; the others are shapes.
+BEHAVIOUR = (
+    "rope.theta", "capture_layers", "window", "mask_token_id", "block_size", "causal", "rope.dimensions",
+    "rope.scaling", "norm_epsilon", "context_theta", "attention_value_scale", "embedding_scale", "logit_scale",
+    "logit_softcap",
+)  # fmt: skip
+
+
+def source_facts(view: View, hints: Hints) -> Iterator[Explanation]:
+    """Each fact in which the file differs from its source, by itself, then all of them."""
+    if hints.original is None:
+        return
+    wanted = changes(view, hints.original)
+    parts = [{n: v for n, v in wanted.items() if n == name or n.startswith(f"{name}.")} for name in BEHAVIOUR]
+    groups = {_group(name, part): part for name, part in zip(BEHAVIOUR, parts, strict=True) if part}
+    if len(groups) > 1:
+        groups[" and ".join(groups)] = {name: value for part in parts for name, value in part.items()}
+    for about, part in groups.items():
+        new = with_facts(view, part)
+        if new is not None:
+            old = view.facts()
+            moved = ", ".join(f"{shown(old.get(name))} -> {shown(value)}" for name, value in part.items())
+            yield Explanation(about, f"{moved}, as the source has it", new)
+
+
+def _group(name: str, part: Mapping[str, Any]) -> str:
+    """A single fact by its path, several of one feature by the feature's name."""
+    return next(iter(part)) if len(part) == 1 else name
+
+
+def thetas(view: View, hints: Hints) -> Iterator[Explanation]:
+    """T-9, A1-7: a theta that was not found where the converter looked becomes a default."""
+    if hints.theta is not None:
+        yield from fact(view, "rope.theta", hints.theta, "the target's own")
+    for value in THETAS:
+        yield from fact(view, "rope.theta", value)
+
+
+def captures(view: View, hints: Hints) -> Iterator[Explanation]:
+    """T-51: counted from one or from zero, or in an order that is not fc's."""
+    ids, depth = view.captures, view.spec.target_layer_count
+    ways = {
+        "all one higher": tuple(k + 1 for k in ids),
+        "all one lower": tuple(k - 1 for k in ids),
+        "reversed": ids[::-1],
+        "sorted": tuple(sorted(ids)),
+    } | {f"rotated by {n}": (*ids[n:], *ids[:n]) for n in range(1, len(ids))}
+    for how, new in ways.items():
+        if min(new) >= -1 and max(new) < depth:
+            yield from fact(view, "capture_layers", new, how)
+
+
+def masks(view: View, hints: Hints) -> Iterator[Explanation]:
+    """T-53: another model's mask token, or the tokenizer's own."""
+    for token in (*MASKS, view.spec.vocab_size - 1, *hints.tokens):
+        yield from fact(view, "mask_token_id", token)
+
+
+def blocks(view: View, hints: Hints) -> Iterator[Explanation]:
+    """T-54."""
+    for size in BLOCK_SIZES:
+        yield from fact(view, "block_size", size)
+
+
+def windows(view: View, hints: Hints) -> Iterator[Explanation]:
+    """T-55, T-16: a window lost, on the wrong layers, or as wide as another drafter's."""
+    layers, window = view.spec.layer_count, view.spec.window
+    all_but_last = (*[True] * (layers - 1), False)
+    patterns = {all_but_last, (True,) * layers}
+    if window is None:
+        for size in WINDOWS:
+            for pattern in (all_but_last, (True,) * layers) if layers > 1 else ((True,),):
+                yield from windowed(view, SlidingWindow(size, pattern))
+        return
+    yield from windowed(view, None)
+    for pattern in (window.layers[::-1], tuple(not slides for slides in window.layers), *sorted(patterns)):
+        if any(pattern):
+            yield from windowed(view, SlidingWindow(window.size, pattern))
+    for size in (window.size // 2, window.size * 2, *WINDOWS):
+        if size:
+            yield from windowed(view, SlidingWindow(size, window.layers))
+
+
+def windowed(view: View, window: SlidingWindow | None) -> Iterator[Explanation]:
+    old = view.spec.window
+    about = "window" if old is None or window is None else "window.layers" if old.size == window.size else "window.size"
+
+    def text(one: SlidingWindow | None) -> str:
+        return "none" if one is None else f"{one.size} on {shown(one.layers)}"
+
+    yield Explanation(about, f"{text(old)} -> {text(window)}", replace(view, spec=replace(view.spec, window=window)))
+
+
+def single_facts(view: View, hints: Hints) -> Iterator[Explanation]:
+    """What is one value or another."""
+    spec = view.spec
+    yield from fact(view, "causal", not spec.causal)
+    for dimensions in (spec.head_dim, spec.head_dim // 2, spec.head_dim // 4):
+        yield from fact(view, "rope.dimensions", dimensions)
+    if spec.rope.scaling is not None:
+        rope = Rope(spec.rope.theta, spec.rope.dimensions, None, spec.rope.sections)
+        mended = f"{spec.rope.scaling.method} -> none"
+        yield Explanation("rope.scaling", mended, replace(view, spec=replace(spec, rope=rope)))
+    for scale in (None, math.sqrt(spec.hidden_size)):
+        yield from fact(view, "embedding_scale", scale)
+    yield from fact(view, "attention_value_scale", None)
+    yield from fact(view, "context_theta", None)
+    for epsilon in EPSILONS:
+        yield from fact(view, "norm_epsilon", epsilon)
+
+
+FAMILIES: tuple[Family, ...] = (
+    source_facts, thetas, captures, masks, blocks, windows, single_facts,
+    weight_explanations.rotary_rows, weight_explanations.norms, weight_explanations.swaps,
+    weight_explanations.by_columns,
+)  # fmt: skip
+CAPTURING: tuple[Family, ...] = (source_facts, captures)

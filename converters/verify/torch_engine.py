@@ -1,0 +1,157 @@
+"""The torch engine: the target by transformers, the drafters of checkpoint and file by our reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoTokenizer
+
+from convert_drafter.converters.convert import read_published
+from convert_drafter.converters.errors import WrongInput
+from convert_drafter.converters.verify import gates
+from convert_drafter.converters.verify.acceptance import total
+from convert_drafter.converters.verify.diagnose import diagnose
+from convert_drafter.converters.verify.drafting import Drafting, Variant, variant
+from convert_drafter.converters.verify.job import EngineAnswer, VerifyJob
+from convert_drafter.converters.verify.measured import Measured, Watch
+from convert_drafter.converters.verify.pay import payoff
+from convert_drafter.converters.verify.prompts import BUILT_IN, Messages, PromptSet, encode_prompts, read_prompts
+from convert_drafter.converters.verify.same_drafts import rms_errors, twin
+from convert_drafter.converters.verify.sweep import context_lengths
+from convert_drafter.converters.verify.torch_bench import Bench, measure, sweep, time_steps
+from convert_drafter.converters.verify.torch_target import TorchTarget
+from convert_drafter.converters.verify.verdict import Diagnosis, Gate, Outcome
+from convert_drafter.converters.verify.weights import checkpoint_weights, gguf_weights
+
+# Two best logits this close, as a share of the best, are a tie: about the digits that the type's sums keep.
+TIES = {"float32": 1e-5, "bfloat16": 0.02, "float16": 0.003}
+SMALL = 2**27  # parameters
+
+
+class HubTokenizer:
+    """The target's own tokenizer, from its folder."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as error:
+            raise WrongInput(f"{folder}: its tokenizer cannot be read: {_first_line(error)}") from error
+
+    def encode(self, text: str) -> list[int]:
+        tokens: list[int] = self._tokenizer(text)["input_ids"]
+        return tokens
+
+    def has_chat_template(self) -> bool:
+        return bool(self._tokenizer.chat_template)
+
+    def encode_chat(self, messages: Messages, options: Mapping[str, Any]) -> list[int]:
+        text = self._tokenizer.apply_chat_template(
+            [dict(message) for message in messages], tokenize=False, add_generation_prompt=True, **options
+        )
+        tokens: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return tokens
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def run_torch(job: VerifyJob, watch: Watch) -> EngineAnswer:
+    """Every measuring gate in torch. Raises `WrongInput` for a target, source or prompts that cannot be read."""
+    folder = job.folder
+    assert folder is not None  # job.engines has seen to it
+    watch("loading", 0, 3)
+    target = TorchTarget(folder, job.dtype)
+    with _threads(job.threads, target):
+        prompts = _prompts(job, folder, target)
+        watch("loading", 1, 3)
+        file = _variant_of_file(job)
+        watch("loading", 2, 3)
+        original = _variant_of_source(job)
+        bench = _bench(target, file, original)
+        watch("loading", 3, 3)
+        measured = measure(bench, prompts.prompts, job.new_tokens, watch)
+        found = _gates(job, bench, prompts, measured, watch)
+        diagnosis = _diagnosis(job, bench, prompts, found, watch)
+    return EngineAnswer(tuple(found), _settings(job, prompts, target), measured, diagnosis)
+
+
+def _gates(job: VerifyJob, bench: Bench, prompts: PromptSet, measured: Measured, watch: Watch) -> list[Gate]:
+    spec = bench.file.variant.spec
+    lengths = job.contexts or context_lengths(spec, bench.target.context_length)
+    points = sweep(bench, prompts.prompts, lengths, watch)
+    found = [
+        gates.lossless(measured, TIES[job.dtype]),
+        gates.same_drafts(measured),
+        gates.acceptance(measured, job.max_drop, job.least_length),
+        gates.length_sweep(points, spec),
+    ]
+    if measured.files:
+        times = time_steps(bench, prompts.prompts[0], min(job.new_tokens, 64), watch)
+        found.append(gates.does_it_pay(payoff(total(measured.files), times), times, "torch on this machine"))
+    return found
+
+
+def _diagnosis(job: VerifyJob, bench: Bench, prompts: PromptSet, found: list[Gate], watch: Watch) -> Diagnosis | None:
+    if not (job.diagnose or job.repair) or all(gate.outcome is not Outcome.FAIL for gate in found):
+        return None
+    original = bench.original.variant if bench.original else None
+    return diagnose(bench.file.variant, original, bench.target, prompts.prompts, job.new_tokens, watch)
+
+
+def _prompts(job: VerifyJob, folder: Path, target: TorchTarget) -> PromptSet:
+    prompts = read_prompts(job.prompts)[: job.max_prompts]
+    origin = BUILT_IN if job.prompts is None else str(job.prompts)
+    return encode_prompts(prompts, HubTokenizer(folder), origin, target.vocab_size, job.template)
+
+
+def _variant_of_file(job: VerifyJob) -> Variant:
+    spec, weights = gguf_weights(job.file)
+    return variant(job.file.name, spec, weights)
+
+
+def _variant_of_source(job: VerifyJob) -> Variant | None:
+    if job.source is None:
+        return None
+    published = read_published(job.source, job.folder, job.settings)
+    return variant(job.source.name, published.spec, checkpoint_weights(published))
+
+
+def _bench(target: TorchTarget, file: Variant, original: Variant | None) -> Bench:
+    if original is None:
+        return Bench(target, Drafting(file, target))
+    noisy = twin(original, rms_errors(original, file))
+    return Bench(target, Drafting(file, target), Drafting(original, target), Drafting(noisy, target))
+
+
+def _settings(job: VerifyJob, prompts: PromptSet, target: TorchTarget) -> dict[str, Any]:
+    return {
+        "prompts": prompts.origin,
+        "prompt_count": len(prompts.prompts),
+        "chat_template": {"prompts": prompts.templated, "options": dict(prompts.options)},
+        "left_out": list(prompts.left_out),
+        "new_tokens": job.new_tokens,
+        "sampling": "greedy",
+        "target_dtype": job.dtype,
+        "drafter_dtype": "float32",
+        "target_architecture": target.architecture,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+@contextmanager
+def _threads(count: int | None, target: TorchTarget) -> Iterator[None]:
+    """All cores, but one for a small target: there handing work over costs more than the work."""
+    before = torch.get_num_threads()
+    small = sum(table.numel() for table in target.model.parameters()) < SMALL
+    torch.set_num_threads(count or (1 if small else before))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,154 @@
+"""Trials: what a drafter does with some of its facts or weights mended, quickly on a passage or on whole texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from convert_drafter.converters.errors import WrongInput
+from convert_drafter.converters.verify.acceptance import Acceptance, total
+from convert_drafter.converters.verify.drafting import Drafting, Variant, matching
+from convert_drafter.converters.verify.measured import Agreement
+from convert_drafter.converters.verify.same_drafts import compare
+from convert_drafter.converters.verify.texts import Text
+from convert_drafter.converters.verify.torch_target import TorchTarget
+from convert_drafter.converters.verify.view import View
+
+PASSAGES, ANCHORS = 4, 16  # texts that are looked at, and neighbouring positions of each that are drafted from at once
+BEYOND = 1e9  # nats: what drafts that are no numbers diverge by
+COMPARED = 2  # every second of them: distributions are large
+
+
+@dataclass(frozen=True)
+class Score:
+    """Tokens per verify step, and mean KL from the original in nats (None without one)."""
+
+    length: float
+    kl: float | None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A drafter on all texts."""
+
+    walks: tuple[Acceptance, ...]
+    kl: float | None
+
+    @property
+    def length(self) -> float:
+        return total(self.walks).length
+
+    @property
+    def score(self) -> Score:
+        return Score(self.length, self.kl)
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Neighbouring positions of a text; `wanted` are the original's log-probabilities (compared, drafts, vocab)."""
+
+    text: Text
+    anchors: range
+    wanted: Tensor | None
+
+
+class Trials:
+    """One target, its texts, and the original if there is one. Raises `WrongInput` without a text to draft on."""
+
+    def __init__(self, target: TorchTarget, texts: Sequence[Text], original: Variant | None) -> None:
+        if not texts:
+            raise WrongInput("prompts: nothing to draft: the target ends every one of them at once; give others")
+        self._target, self._texts = target, texts
+        self._original = None if original is None else Drafting(original, target)
+        self._passages = [self._passage(text) for text in spread_texts(texts, PASSAGES)]
+
+    def measure(self, view: View) -> Measurement:
+        """On all texts; divergence at the positions the original would be asked at."""
+        drafting, agreement, walks = self._drafting(view), Agreement(), list[Acceptance]()
+        for text in self._texts:
+            reading = drafting.read(text)
+            walks.append(reading.walk())
+            if self._original is not None:
+                agreement += compare(self._original.read(text), reading)
+        return Measurement(tuple(walks), None if self._original is None else min(agreement.kl, BEYOND))
+
+    def length(self, variant: Variant) -> float:
+        """Acceptance length of a drafter that is only walked with."""
+        drafting = Drafting(variant, self._target)
+        return total(drafting.walk(text) for text in self._texts).length
+
+    def screen(self, view: View) -> Score:
+        """On the passages alone."""
+        drafting, steps, committed, divergence, drafts = self._drafting(view), 0, 0, 0.0, 0
+        for passage in self._passages:
+            logits = blocks(drafting, passage.text, passage.anchors)
+            for right in walk(logits.argmax(-1).tolist(), passage):
+                steps, committed = steps + 1, committed + right + 1
+            if passage.wanted is not None:
+                off, count = _divergence(passage.wanted, logits[::COMPARED])
+                divergence, drafts = divergence + off, drafts + count
+        return Score(committed / steps, None if self._original is None else divergence / drafts)
+
+    def _drafting(self, view: View) -> Drafting:
+        return Drafting(Variant("mended", view.spec, view.weights, view.captures), self._target)
+
+    def _passage(self, text: Text) -> Passage:
+        """In the middle of the continuation, away from where there are few tokens left to draft."""
+        first, end = text.prompt_length, len(text.tokens) - 1
+        start = first + max(0, end - first - 2 * ANCHORS) // 2
+        anchors = range(start, min(end, start + ANCHORS))
+        if self._original is None:
+            return Passage(text, anchors, None)
+        wanted = blocks(self._original, text, anchors)[::COMPARED].log_softmax(-1)
+        return Passage(text, anchors, wanted)
+
+
+@torch.inference_mode()
+def blocks(drafting: Drafting, text: Text, anchors: range) -> Tensor:
+    """Logits (anchors, drafts, vocab) f32 of all blocks in one pass: none of them sees another one."""
+    drafter, target, spec = drafting.drafter, drafting.target, drafting.variant.spec
+    embedding, head = drafter.tables(target.embedding, target.head)
+    count = min(spec.block_size, text.limit - anchors[-1])  # tokens of a block
+    captured = torch.cat([text.states[k] for k in drafting.variant.captures], dim=-1)  # (T, K * H)
+    context_at = torch.arange(len(captured), device=captured.device)
+    context = drafter.inject(drafter.fuse(captured), context_at)
+    starts = torch.tensor(list(anchors), device=captured.device)
+    tokens = torch.full((len(anchors), count), spec.mask_token_id, device=captured.device)
+    tokens[:, 0] = torch.tensor([text.tokens[position] for position in anchors])
+    at = (starts[:, None] + torch.arange(count, device=captured.device)).flatten()  # (anchors * count,)
+    mine = starts.repeat_interleave(count)
+    sees_block = mine[:, None] == mine
+    if spec.causal:
+        sees_block = sees_block & (at[:, None] >= at)
+    visible = torch.cat([context_at < mine[:, None], sees_block], dim=-1)
+    hidden = drafter(embedding[tokens.flatten()].to(captured.dtype), at, context, context_at, visible)
+    hidden = hidden.unflatten(0, (len(anchors), count))[:, 1:]
+    logits: Tensor = drafter.logits(hidden.flatten(0, 1), head).float().unflatten(0, (len(anchors), count - 1))
+    return logits
+
+
+def walk(drafts: Sequence[Sequence[int]], passage: Passage) -> list[int]:
+    """The verify steps within a passage: how many drafts are right in each."""
+    steps, i = list[int](), 0
+    while i < len(drafts):
+        right = matching(drafts[i], passage.text.tokens[passage.anchors[i] + 1 :])
+        steps.append(right)
+        i += right + 1
+    return steps
+
+
+def spread_texts(texts: Sequence[Text], most: int) -> list[Text]:
+    """A few texts, from the shortest to the longest."""
+    ordered = sorted(texts, key=lambda text: len(text.tokens))
+    return [ordered[i * (len(texts) - 1) // max(1, most - 1)] for i in range(min(most, len(texts)))]
+
+
+def _divergence(wanted: Tensor, logits: Tensor) -> tuple[float, int]:
+    """Sum of KL over the drafts both have, and how many."""
+    count = min(wanted.shape[1], logits.shape[1])
+    wanted, found = wanted[:, :count], logits[:, :count].log_softmax(-1)
+    off = (wanted.exp() * (wanted - found)).sum()
+    return float(torch.nan_to_num(off, nan=BEYOND, posinf=BEYOND)), wanted.shape[0] * count

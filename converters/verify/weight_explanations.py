@@ -1,0 +1,127 @@
+"""What may be wrong with a drafter's weights: rows, names and norms that a converter got wrong, and quantization."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from convert_drafter.converters.roles import Role, TensorKey, describe
+from convert_drafter.converters.verify.view import Array, Explanation, Hints, View
+
+Q_AND_K = (Role.ATTN_Q, Role.ATTN_K, Role.ATTN_Q_BIAS, Role.ATTN_K_BIAS)
+Q_AND_K_NORMS = (Role.ATTN_Q_NORM, Role.ATTN_K_NORM)
+NORMS = (
+    Role.FUSION_NORM, Role.OUTPUT_NORM, Role.ATTN_NORM, Role.FFN_NORM, Role.ATTN_Q_NORM, Role.ATTN_K_NORM,
+)  # fmt: skip
+MATRICES = (
+    Role.ATTN_Q, Role.ATTN_K, Role.ATTN_V, Role.ATTN_OUTPUT, Role.FFN_GATE, Role.FFN_UP, Role.FFN_DOWN, Role.FUSION,
+)  # fmt: skip
+FAR = 0.5  # relative error; Q2_K is at 0.3, other weights of the same size are at 1.4
+SWAPS = (
+    (Role.FFN_GATE, Role.FFN_UP),
+    (Role.ATTN_K, Role.ATTN_V),
+    (Role.ATTN_Q_NORM, Role.ATTN_K_NORM),
+    (Role.ATTN_NORM, Role.FFN_NORM),
+    (Role.FUSION_NORM, Role.OUTPUT_NORM),
+    (Role.ATTN_Q, Role.ATTN_OUTPUT),
+)
+
+
+def changed(view: View, change: Callable[[Array], Array], *roles: Role) -> View:
+    """The same drafter with `change` on every tensor of these roles."""
+    return replace(view, weights={key: change(a) if key[0] in roles else a for key, a in view.weights.items()})
+
+
+def rotary_rows(view: View, hints: Hints) -> Iterator[Explanation]:
+    """P-43, T-57: rotary pairs beside each other or as halves, in the rows of q and k, in their norms, or in both."""
+    size, head_dim = view.spec.rope.dimensions, view.spec.head_dim
+    halves = np.concatenate([np.arange(0, size, 2), np.arange(1, size, 2), np.arange(size, head_dim)])
+    for how, order in {"pairs -> halves": halves, "halves -> pairs": np.argsort(halves)}.items():
+
+        def moved(array: Array, order: Any = order) -> Array:
+            by_head: Array = array.reshape(-1, head_dim, *array.shape[1:])[:, order]
+            return by_head.reshape(array.shape)
+
+        both = (*Q_AND_K, *Q_AND_K_NORMS)
+        for what, roles in {"q, k and their norms": both, "q and k": Q_AND_K, "q and k norms": Q_AND_K_NORMS}.items():
+            yield Explanation(f"RoPE rows of {what}", how, changed(view, moved, *roles))
+
+
+def norms(view: View, hints: Hints) -> Iterator[Explanation]:
+    """P-42: norms stored as the difference from one, or given their one twice."""
+    for step, how in ((1, "one added"), (-1, "one taken away")):
+        for what, roles in {"norms": NORMS, **{role.name: (role,) for role in NORMS}}.items():
+            yield Explanation(what, how, changed(view, lambda a, step=step: a + np.float32(step), *roles))  # type: ignore[misc]
+
+
+def swaps(view: View, hints: Hints) -> Iterator[Explanation]:
+    """T-63: tensors under each other's names."""
+    weights = view.weights
+    for one, other in SWAPS:
+        place = {one: other, other: one}
+        new = {(role, i): weights.get((place.get(role, role), i), a) for (role, i), a in weights.items()}
+        if all(new[key].shape == a.shape for key, a in weights.items()):
+            yield Explanation(f"{one.name} and {other.name}", "swapped", replace(view, weights=new))
+    last = view.spec.layer_count - 1
+    turned = {(role, i): a if i is None else weights[role, last - i] for (role, i), a in weights.items()}
+    yield Explanation("layers", "in reverse order", replace(view, weights=turned))
+
+
+def by_columns(view: View, hints: Hints) -> Iterator[Explanation]:
+    """A matrix transposed, or stored column by column: the same where it is square."""
+    for role in MATRICES:
+        new = changed(view, lambda a: np.ascontiguousarray(a.reshape(a.shape[::-1]).T), role)
+        yield Explanation(role.name, "transposed", new)
+
+
+def source_weights(view: View, original: View) -> Explanation | None:
+    """All weights as the source has them: quantization, where no single mistake explains it.
+
+    None where they are not the source's weights at all, which would explain nothing.
+    """
+    if weight_shapes(original) != weight_shapes(view):
+        return None
+    if np.median([relative_error(original.weights[key], a) for key, a in view.weights.items() if a.ndim > 1]) > FAR:
+        return None
+    return Explanation("all weights", "as the source has them", replace(view, weights=original.weights))
+
+
+def furthest_weights(view: View, original: View) -> Iterator[Explanation]:
+    """The tensor that differs most as the source has it, then the two that do, and so on: damage is in a few."""
+    errors = {key: relative_error(original.weights[key], a) for key, a in view.weights.items()}
+    mended, names = dict(view.weights), list[str]()
+    for key in sorted((key for key in errors if errors[key]), key=lambda key: -errors[key]):
+        mended[key] = original.weights[key]
+        names.append(describe(key))
+        how = f"as the source has {'them' if names[1:] else 'it'} (off by {errors[key]:.2g} of {_size(names)})"
+        yield Explanation(", ".join(names), how, replace(view, weights=dict(mended)))
+
+
+def _size(names: list[str]) -> str:
+    return "their sizes or more" if names[1:] else "its size"
+
+
+def largest_error(view: View, original: View) -> float:
+    """Of any tensor; infinite where the shapes are not the source's."""
+    if weight_shapes(original) != weight_shapes(view):
+        return math.inf
+    return max(relative_error(original.weights[key], a) for key, a in view.weights.items())
+
+
+def weight_shapes(view: View) -> dict[TensorKey, tuple[int, ...]]:
+    return {key: array.shape for key, array in view.weights.items()}
+
+
+def relative_error(original: Array, other: Array) -> float:
+    """Root mean square difference over the original's root mean square; infinite for NaN."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        size, off = (
+            np.mean(np.square(original, dtype=np.float64)),
+            np.mean(np.square(original - other, dtype=np.float64)),
+        )
+    found = math.sqrt(off / size) if size > 0 else math.sqrt(off)
+    return found if math.isfinite(found) else math.inf

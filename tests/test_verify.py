@@ -1,0 +1,162 @@
+"""The order of a verification, what it refuses to start, and llama.cpp held against torch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from published import PAIR
+
+from convert_drafter.converters import ConvertJob, convert
+from convert_drafter.converters.errors import MissingEngine, WrongInput, WrongUsage
+from convert_drafter.converters.verify import verify as verify_module
+from convert_drafter.converters.verify.acceptance import Acceptance
+from convert_drafter.converters.verify.engine_gate import engine_gate
+from convert_drafter.converters.verify.job import MEASURED, EngineAnswer, VerifyJob
+from convert_drafter.converters.verify.measured import Measured, Watch
+from convert_drafter.converters.verify.verdict import Gate, Outcome, Verdict
+
+TARGET = PAIR / "target"
+
+
+@pytest.fixture(scope="module")
+def drafter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("verify") / "drafter.gguf"
+    convert(ConvertJob(PAIR / "drafter", TARGET, "llama.cpp", "Q8_0", out))
+    return out
+
+
+def answered(*gates: Gate, **measured: object) -> EngineAnswer:
+    return EngineAnswer(gates, {}, replace(Measured(), **measured))
+
+
+def never(job: VerifyJob, watch: Watch) -> EngineAnswer:
+    raise AssertionError("nothing is to be measured")
+
+
+def good(job: VerifyJob, watch: Watch) -> EngineAnswer:
+    return answered(*(Gate(name, Outcome.PASS, "fine") for name in MEASURED))
+
+
+def verified(job: VerifyJob, monkeypatch: pytest.MonkeyPatch, run: object = good) -> Verdict:
+    monkeypatch.setattr(verify_module, "_engine", lambda name: run)
+    return verify_module.verify(job)
+
+
+def test_gates_come_in_the_order_they_are_asked(drafter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    verdict = verified(VerifyJob(drafter, (TARGET,)), monkeypatch)
+    assert [gate.name for gate in verdict.gates] == ["structure", "pairing", *MEASURED]
+    assert verdict.exit_code() == 0 and verdict.engine == "torch"
+
+
+def test_a_refused_pair_is_not_measured(drafter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """T-61: pairing is decided by what the files say, not by acceptance."""
+    other = tmp_path / "other"
+    shutil.copytree(TARGET, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
+    verdict = verified(VerifyJob(drafter, (other,)), monkeypatch, never)
+    assert verdict.exit_code() == 1
+    outcomes = {gate.name: gate.outcome for gate in verdict.gates}
+    assert outcomes["pairing"] is Outcome.FAIL
+    assert {outcomes[name] for name in MEASURED} == {Outcome.SKIPPED}
+
+
+def test_undecided_fails_only_when_strict() -> None:
+    verdict = Verdict("f", "t", None, "torch", {}, (Gate("acceptance", Outcome.UNDECIDED, "?"),))
+    assert (verdict.exit_code(), verdict.exit_code(strict=True)) == (0, 1)
+
+
+def test_engines_follow_from_the_targets(drafter: Path) -> None:
+    gguf = Path("target.gguf")
+    assert VerifyJob(drafter, (TARGET,)).engines == ("torch",)
+    assert VerifyJob(drafter, (gguf,)).engines == ("llama.cpp",)
+    assert VerifyJob(drafter, (gguf, TARGET)).engines == ("torch", "llama.cpp")
+    assert VerifyJob(drafter, (gguf, TARGET), engine="llama.cpp").engines == ("llama.cpp",)
+    for targets, engine in (((TARGET,), "llama.cpp"), ((gguf,), "torch")):
+        with pytest.raises(WrongUsage, match=f"--engine {engine} runs the target from"):
+            _ = VerifyJob(drafter, targets, engine=engine).engines
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"file": Path("nowhere.gguf")}, WrongInput, "nowhere.gguf: nothing there"),
+        ({"file": TARGET}, WrongInput, "is a folder, expected a drafter's GGUF"),
+        ({"targets": (Path("nowhere"),)}, WrongInput, "nowhere: nothing there, expected the target"),
+        ({"targets": (TARGET, PAIR)}, WrongUsage, "one folder"),
+        ({"source": PAIR / "nowhere"}, WrongInput, "nowhere"),
+    ],
+)
+def test_what_cannot_be_verified_is_said_first(
+    drafter: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        verified(replace(VerifyJob(drafter, (TARGET,)), **change), monkeypatch, never)
+
+
+def test_a_repaired_file_never_lies_on_an_input(drafter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """T-24"""
+    with pytest.raises(WrongUsage):
+        verified(VerifyJob(drafter, (TARGET,), repair=drafter), monkeypatch, never)
+
+
+def test_without_torch_the_way_to_get_it_is_said(drafter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """T-7"""
+    monkeypatch.setattr(verify_module, "find_spec", lambda name: None)
+    with pytest.raises(MissingEngine, match=r"torch and transformers: pip install") as found:
+        verify_module.verify(VerifyJob(drafter, (TARGET,)))
+    assert found.value.exit_code == 4
+
+
+def test_the_orchestration_imports_no_torch() -> None:
+    blocked = "import sys; sys.modules.update(torch=None, transformers=None, matplotlib=None, jinja2=None); "
+    modules = ("verify", "gates", "report", "html", "repair", "explanations", "loop", "statistics")
+    names = ", ".join(f"convert_drafter.converters.verify.{name}" for name in modules)
+    subprocess.run([sys.executable, "-c", f"{blocked}import {names}"], check=True)
+
+
+# --- llama.cpp against torch ---
+
+TEXTS = ((1, 2, 3), (4, 5, 6))
+
+
+def walks(*steps: int) -> tuple[Acceptance, ...]:
+    return tuple(Acceptance(n, 127, (n,) * 7, (n // 2,) * 7) for n in steps)
+
+
+def test_the_same_steps_in_both_engines_pass() -> None:
+    torch = answered(prompts=("a", "b"), texts=TEXTS, files=walks(30, 40))
+    gate = engine_gate(torch, answered(prompts=("a", "b"), texts=TEXTS, files=walks(30, 39)))
+    assert gate.outcome is Outcome.PASS
+    assert gate.summary == "69 verify steps in llama.cpp, 70 in torch, on 2 prompts with the same text"
+    assert gate.details == ("b: 39 verify steps, 40 in torch",)
+    assert gate.figures == {"steps": [30, 40], "engine_steps": [30, 39]}
+
+
+def test_more_steps_in_the_engine_fail() -> None:
+    torch = answered(prompts=("a", "b"), texts=TEXTS, files=walks(30, 40))
+    gate = engine_gate(torch, answered(prompts=("a", "b"), texts=TEXTS, files=walks(90, 110)))
+    assert gate.outcome is Outcome.FAIL
+
+
+def test_prompts_with_other_texts_are_left_out() -> None:
+    """The target's precision changes the text; like is compared with like."""
+    torch = answered(prompts=("a", "b"), texts=TEXTS, files=walks(30, 40))
+    gate = engine_gate(torch, answered(prompts=("a", "b"), texts=(TEXTS[0], (9,)), files=walks(30, 90)))
+    assert gate.outcome is Outcome.PASS
+    assert gate.details[-1].endswith("precision changes: 1 prompts")
+    nothing = engine_gate(torch, answered(prompts=("a",), texts=((9,),), files=walks(90)))
+    assert nothing.outcome is Outcome.SKIPPED
+
+
+def test_an_engine_s_own_fault_is_the_gate_s() -> None:
+    crashed = answered(Gate("lossless", Outcome.FAIL, "llama-server stopped", ("GGML_ASSERT",)))
+    gate = engine_gate(answered(prompts=("a",), texts=TEXTS[:1], files=walks(30)), crashed)
+    assert gate.outcome is Outcome.FAIL and gate.details == ("GGML_ASSERT",)
+    assert engine_gate(answered(), answered(Gate("lossless", Outcome.SKIPPED, "no"))).outcome is Outcome.SKIPPED
