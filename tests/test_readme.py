@@ -21,7 +21,14 @@ README = (ROOT / "README.md").read_text()
 RECIPES_PAGE = (ROOT / "docs" / "recipes.md").read_text()
 TABLES = {"kinds": README, "dialects": README, "recipes": RECIPES_PAGE, "kept": RECIPES_PAGE}
 EXAMPLE = re.compile(r"<!-- run(?:: (?P<how>[^>]+))? -->\n```console\n\$ (?P<command>.+)\n(?P<output>(?:.*\n)*?)```")
-EXAMPLES = [m for m in EXAMPLE.finditer(README) if m["how"] != "make"]
+ENGINE = "engine "  # an example that needs torch
+EXAMPLES = [
+    pytest.param(
+        m, id=" ".join(m["command"].split()[:2]), marks=[pytest.mark.engine] * (m["how"] or "").startswith(ENGINE)
+    )
+    for m in EXAMPLE.finditer(README)
+    if m["how"] != "make"
+]
 
 
 def markdown_table(what: str) -> str:
@@ -42,17 +49,18 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "fixtures").symlink_to(ROOT / "fixtures")
     monkeypatch.chdir(tmp_path)
     pair = Path("fixtures/pair")
-    convert(ConvertJob(pair / "drafter", pair / "target", "llama.cpp", "BF16", Path("dflash-tiny-BF16.gguf")))
+    for recipe in ("BF16", "Q8_0"):
+        convert(ConvertJob(pair / "drafter", pair / "target", "llama.cpp", recipe, Path(f"dflash-tiny-{recipe}.gguf")))
     return tmp_path
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda m: " ".join(m["command"].split()[:2]))
+@pytest.mark.parametrize("example", EXAMPLES)
 def test_examples_print_what_the_readme_says(
     example: re.Match[str], workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     program, *arguments = shlex.split(example["command"])
     assert program == "convert-drafter"
-    how = example["how"] or ""
+    how = (example["how"] or "").removeprefix(ENGINE)
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
     assert exit_.value.code == (int(how.split()[1]) if how.startswith("exit") else 0)
