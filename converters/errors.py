@@ -5,7 +5,8 @@ DrafterError
 ├── WrongInput      exit 3: a file, key or tensor is not what it has to be
 │   ├── BadFact     a fact of the model contradicts another one
 │   └── Problems    several of them, shown together
-└── MissingEngine   exit 4: an engine or an optional package is not installed
+├── MissingEngine   exit 4: an engine or an optional package is not installed
+└── EngineFailure   exit 1 or 3: an engine stopped, by what the file made it do or without it (verify)
 """
 
 from __future__ import annotations

@@ -11,14 +11,14 @@ from typing import Any
 
 from convert_drafter.converters.convert import ConvertJob, convert
 from convert_drafter.converters.drafter_file import DrafterFile, read_drafter_file
-from convert_drafter.converters.errors import MissingEngine
+from convert_drafter.converters.errors import MissingEngine, WrongInput
 from convert_drafter.converters.spec import DrafterSpec
 from convert_drafter.converters.target import read_target
 from convert_drafter.converters.verify import gates
 from convert_drafter.converters.verify.acceptance import total
 from convert_drafter.converters.verify.job import MEASURED, EngineAnswer, VerifyJob
 from convert_drafter.converters.verify.llama_cpp import (
-    WARM_UP_TOKENS,
+    ROUND_CONTEXT,
     Answer,
     Comparison,
     EngineRun,
@@ -85,7 +85,7 @@ def run_llama_cpp(job: VerifyJob, watch: Watch) -> EngineAnswer:
             raise
         return EngineAnswer(_crashed(failure), settings)
     with _original(job, target) as source:
-        original = None if source is None else _drafting(job, engine, asked, source, drafter.spec, watch)
+        original = None if source is None else _drafting_original(job, engine, asked, source, drafter.spec, watch)
     runs = Runs(alone, file, original)
     measured = _measured(engine, target, asked, runs)
     return EngineAnswer(_gates(job, drafter, asked, runs, measured), settings | {"file": dict(file.settings)}, measured)
@@ -95,7 +95,7 @@ def _asked(job: VerifyJob, engine: Engine, target: Path, spec: DrafterSpec, watc
     """Prompts and contexts in the target's tokens; its own server encodes them."""
     read = read_prompts(job.prompts)[: job.max_prompts]
     facts = read_target(target)
-    with serving(engine, Setup(target, WARM_UP_TOKENS, threads=job.threads), watch) as server:
+    with serving(engine, Setup(target, ROUND_CONTEXT, threads=job.threads), watch) as server:
         origin = BUILT_IN if job.prompts is None else str(job.prompts)
         prompts = encode_prompts(read, ServerTokenizer(server), origin, facts.vocab_size, job.template)
     lengths = job.contexts or context_lengths(spec, facts.context_length or spec.context_length)
@@ -108,6 +108,15 @@ def _drafting(
     assert job.gguf is not None
     length = spec.block_size - 1
     return run_prompts(engine, job.gguf, asked.tokens, job.new_tokens, drafter, length, job.threads, watch)
+
+
+def _drafting_original(
+    job: VerifyJob, engine: Engine, asked: Asked, original: Path, spec: DrafterSpec, watch: Watch
+) -> EngineRun:
+    try:
+        return _drafting(job, engine, asked, original, spec, watch)
+    except EngineFailure as failure:  # says nothing of the file
+        raise WrongInput(f"{job.source}: the original itself does not run there: {failure}") from failure
 
 
 @contextmanager

@@ -100,7 +100,7 @@ class Log:
         errors = [line for level, line in lines if level == "E" or re.search(r"(?i)\berror\b|what\(\)", line)]
         candidates = (
             *(line for _, line in reversed(lines) if ABORTED.search(line)),
-            *(line for line in errors if "error loading model" in line),
+            *(line for line in errors if "error loading model" in line and "failed to load model from" not in line),
             *errors,
         )
         return next(iter(candidates), "")
