@@ -202,17 +202,19 @@ def verify_command(job: VerifyJob, strict: bool, json_out: Path | None, html_out
         verdict = verify(replace(job, command=click.get_current_context().find_root().obj), watch)
     for write, path in written.items():
         write(verdict, path)
-    show_verdict(verdict, as_json=json_out == STDOUT)
+    show_verdict(verdict, json_out == STDOUT, list(written.values()))
     return verdict.exit_code(strict)
 
 
-def show_verdict(verdict: Verdict, as_json: bool) -> None:
+def show_verdict(verdict: Verdict, as_json: bool, written: Sequence[Path]) -> None:
     """In colour on a terminal, as plain text elsewhere; what cannot show Unicode gets ASCII."""
     if as_json or not results.is_terminal:
         unicode = results.encoding.startswith("utf")
         emit(as_json, report.as_json(verdict), lambda: report.text(verdict, unicode=unicode))
     else:
         results.print(report.layout(verdict))
+    for path in () if as_json else written:
+        click.echo(f"wrote {plain(str(path))}")
 
 
 @cli.command("list")

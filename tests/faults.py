@@ -78,7 +78,8 @@ class Fault:
     """One planted fault: the gate that has to fail, and how the diagnosis' cause begins.
 
     `cause` is NOTHING where no explanation may be found, None where a diagnosis is not asked: the gate says it all.
-    `outcome` is the gate's; "undecided" for what cannot be known for certain.
+    `outcome` is the gate's, "undecided" for what cannot be known for certain; `measured` is False where verify cannot
+    run the file, so that the cause is for a drafter made of it in another way.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Fault:
     plant: Plant
     cause: str | None = None
     outcome: str = "fail"
+    measured: bool = True
 
     def case(self, space: Workspace) -> Case:
         return self.plant(space, self.name)
@@ -247,7 +249,9 @@ def q8_0_scale_bit(rows: Array) -> None:
 
 
 def bf16_exponent_bit(rows: Array) -> None:
-    rows[3, 11] ^= 0x40  # the highest bit of the exponent of one weight
+    weights = rows[3].view(np.uint16)
+    small = np.flatnonzero((weights & 0x7F80) < 0x3F80)[0]  # below one: the highest bit of its exponent is not set
+    weights[small] ^= 0x4000
 
 
 # --- other files, other targets ---
@@ -361,7 +365,9 @@ METADATA = (
     Fault("theta 1e6, the target's own", ("A1-7", "P-28", "T-57"), STRUCTURE, keys({THETA: 1e6}), "rope.theta"),
     Fault("theta 5e6", ("A1-3",), STRUCTURE, keys({THETA: 5e6}), "rope.theta"),
     Fault("theta 1e8", ("A1-3",), STRUCTURE, keys({THETA: 1e8}), "rope.theta"),
-    Fault("capture layers one lower", ("T-51", "P-31"), STRUCTURE, keys(ids(0, 2, 4)), "capture_layers"),
+    Fault(
+        "capture layers one lower", ("T-51", "P-31"), STRUCTURE, keys(ids(0, 2, 4)), "capture_layers", measured=False
+    ),
     Fault("capture layers one higher", ("T-51",), STRUCTURE, keys(ids(2, 4, 6)), "capture_layers"),
     Fault("capture layers reversed", ("T-51",), STRUCTURE, keys(ids(5, 3, 1)), "capture_layers"),
     Fault("capture layers of another drafter", ("T-52", "T-61"), STRUCTURE, keys(ids(2, 4, 5)), "capture_layers"),
@@ -418,10 +424,16 @@ WEIGHTS = (
 QUANTIZED = (
     Fault(
         "Q4_0 with scales halved", ("A1-27", "T-49"), STRUCTURE,
-        blocks("Q4_0", layer(0, "ffn_down"), q4_0_scales_halved), "FFN_DOWN of layer 0",
+        blocks("Q4_0", layer(0, "ffn_down"), q4_0_scales_halved),
     ),
-    Fault("a scale is not a number", ("A1-34",), STRUCTURE, blocks("Q8_0", layer(0, "attn_q"), q8_0_scale(np.nan))),
-    Fault("a scale is infinite", ("A1-34",), STRUCTURE, blocks("Q8_0", layer(0, "attn_q"), q8_0_scale(np.inf))),
+    Fault(
+        "a scale is not a number", ("A1-34",), STRUCTURE, blocks("Q8_0", layer(0, "attn_q"), q8_0_scale(np.nan)),
+        "ATTN_Q of layer 0",
+    ),
+    Fault(
+        "a scale is infinite", ("A1-34",), STRUCTURE, blocks("Q8_0", layer(0, "attn_q"), q8_0_scale(np.inf)),
+        "ATTN_Q of layer 0",
+    ),
     Fault(
         "a bit of a Q8_0 scale", ("T-70",), STRUCTURE, blocks("Q8_0", layer(0, "attn_output"), q8_0_scale_bit),
         "ATTN_OUTPUT of layer 0",
@@ -456,7 +468,7 @@ PAIRS = (
     Fault("a target with fewer layers", ("T-51", "T-61"), PAIRING, other_target({}, layers=4)),
     Fault(
         "a target of the same shapes", ("T-61", "P-44"), PAIRING,
-        other_target({}), outcome="undecided",
+        other_target({"_name_or_path": "somebody/else"}), outcome="undecided",
     ),
 )  # fmt: skip
 

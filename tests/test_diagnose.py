@@ -339,7 +339,7 @@ def test_a_collapse_is_explained_without_the_source(space: Workspace, bench: Ben
     answer = diagnosed(bench, planted(space, name), source=False)
     assert answer.goal is None and answer.found is not None
     assert answer.found.name.startswith(BY_NAME[name].cause or "")
-    assert answer.found.length > 1.5 * answer.file_length
+    assert answer.found.length > 1.3 * answer.file_length
 
 
 @pytest.mark.engine

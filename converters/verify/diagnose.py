@@ -94,7 +94,7 @@ class _Search:
     def __init__(self, trials: Trials, file: View, original: Variant | None, hints: Hints, watch: Watch) -> None:
         self.trials, self.file, self.hints, self.watch = trials, file, hints, watch
         self.before = trials.measure(file)
-        self.scale = self.before.length / trials.screen(file).length  # passages are luckier than whole texts, or not
+        self.looked = trials.screen(file).length
         self.goal = None if original is None else trials.length(original)
         self.floor = self._floor()
         self.screened: list[Cause] = []
@@ -132,13 +132,18 @@ class _Search:
             score = self.trials.screen(explanation.view)
             names = "; ".join((*start.names, explanation.name))
             self.screened.append(
-                Cause(names, score.length * self.scale, score.kl, changes(self.file, explanation.view))
+                Cause(names, self._expected(score.length), score.kl, changes(self.file, explanation.view))
             )
             entries = [*best, (self._rank(score), number, explanation)]
             best = sorted(entries, key=lambda entry: entry[:2])[:CONTENDERS]
         self.watch(phase, count, count)
         near = [entry for entry in best if entry[0] <= self._close_to(best[0][0])]
         return [explanation for _, _, explanation in sorted(near, key=lambda entry: entry[1])]
+
+    def _expected(self, length: float) -> float:
+        """On whole texts, from what it is on the passages, which are luckier or not: the file is known on both."""
+        drafts = (self.before.length - 1) / (self.looked - 1) if self.looked > 1 else 1.0
+        return 1 + (length - 1) * drafts
 
     def _close_to(self, rank: float) -> float:
         if self.before.kl is None:

@@ -20,6 +20,7 @@ NORMS = (
 MATRICES = (
     Role.ATTN_Q, Role.ATTN_K, Role.ATTN_V, Role.ATTN_OUTPUT, Role.FFN_GATE, Role.FFN_UP, Role.FFN_DOWN, Role.FUSION,
 )  # fmt: skip
+LISTED = 4  # names in a line
 FAR = 0.5  # relative error; Q2_K is at 0.3, other weights of the same size are at 1.4
 SWAPS = (
     (Role.FFN_GATE, Role.FFN_UP),
@@ -97,12 +98,14 @@ def furthest_weights(view: View, original: View) -> Iterator[Explanation]:
     for key in sorted((key for key in errors if errors[key]), key=lambda key: -errors[key]):
         mended[key] = original.weights[key]
         names.append(describe(key))
-        how = f"as the source has {'them' if names[1:] else 'it'} (off by {errors[key]:.2g} of {_size(names)})"
-        yield Explanation(", ".join(names), how, replace(view, weights=dict(mended)))
+        off = f"{errors[key]:.2g} of {'their sizes or more' if names[1:] else 'its size'}"
+        how = f"as the source has {'them' if names[1:] else 'it'} (off by {off})"
+        yield Explanation(_listed(names), how, replace(view, weights=dict(mended)))
 
 
-def _size(names: list[str]) -> str:
-    return "their sizes or more" if names[1:] else "its size"
+def _listed(names: list[str]) -> str:
+    more = f", {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
 
 
 def largest_error(view: View, original: View) -> float:
