@@ -133,9 +133,9 @@ def _look(kind: QuantType, blocks: Blocks, start: int) -> tuple[int, int, bool]:
     """(weights that are no number, the slab's index of the first, are all of them zero) of one chunk."""
     with np.errstate(all="ignore"):
         weights = kind.decode(blocks[start : start + _step(kind)]).reshape(-1)
-        finite = np.isfinite(weights)
+        finite, zero = np.isfinite(weights), not weights.any()
     bad = weights.size - int(np.count_nonzero(finite))
-    return bad, start * kind.block + (int(np.argmin(finite)) if bad else 0), not weights.any()
+    return bad, start * kind.block + (int(np.argmin(finite)) if bad else 0), zero
 
 
 # --- against the source ---

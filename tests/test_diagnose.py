@@ -23,10 +23,10 @@ from convert_drafter.converters.drafter_file import read_drafter_file
 from convert_drafter.converters.gguf_read import read_gguf
 from convert_drafter.converters.roles import Role
 from convert_drafter.converters.spec import SlidingWindow, facts_of
-from convert_drafter.converters.verify.explanations import explanations, layers_needed
-from convert_drafter.converters.verify.repair import repair
-from convert_drafter.converters.verify.view import Explanation, Hints, View, changes, with_facts
-from convert_drafter.converters.verify.weight_explanations import (
+from convert_drafter.converters.verify.diagnosis.explanations import explanations, layers_needed
+from convert_drafter.converters.verify.diagnosis.repair import repair
+from convert_drafter.converters.verify.diagnosis.view import Explanation, Hints, View, changes, with_facts
+from convert_drafter.converters.verify.diagnosis.weight_explanations import (
     furthest_weights,
     largest_error,
     relative_error,
@@ -35,8 +35,8 @@ from convert_drafter.converters.verify.weight_explanations import (
 from convert_drafter.quant import TYPES, dequantize
 
 if TYPE_CHECKING:
-    from convert_drafter.converters.verify.drafting import Variant
-    from convert_drafter.converters.verify.torch_target import TorchTarget
+    from convert_drafter.converters.verify.in_torch.drafting import Variant
+    from convert_drafter.converters.verify.in_torch.target import TorchTarget
     from convert_drafter.converters.verify.verdict import Diagnosis
 
 ROOT = Path(__file__).parent.parent
@@ -269,7 +269,7 @@ def test_the_table_needs_no_torch() -> None:
     """T-7."""
     modules = "explanations, repair, view, weight_explanations"
     blocked = "import sys; sys.modules.update(torch=None, transformers=None)"
-    code = f"from convert_drafter.converters.verify import {modules}"
+    code = f"from convert_drafter.converters.verify.diagnosis import {modules}"
     subprocess.run([sys.executable, "-c", f"{blocked}; {code}"], check=True, cwd=ROOT)
 
 
@@ -290,10 +290,10 @@ def bench() -> Iterator[Bench]:
     import torch
 
     from convert_drafter.converters.convert import read_published
-    from convert_drafter.converters.verify.drafting import variant
+    from convert_drafter.converters.verify.in_torch.drafting import variant
+    from convert_drafter.converters.verify.in_torch.target import TorchTarget
+    from convert_drafter.converters.verify.in_torch.weights import checkpoint_weights
     from convert_drafter.converters.verify.prompts import Encoded
-    from convert_drafter.converters.verify.torch_target import TorchTarget
-    from convert_drafter.converters.verify.weights import checkpoint_weights
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # so small a model is slower with more
@@ -306,8 +306,8 @@ def bench() -> Iterator[Bench]:
 
 
 def diagnosed(bench: Bench, view: View, source: bool = True, tokens: int = 80) -> Diagnosis:
-    from convert_drafter.converters.verify.diagnose import diagnose
-    from convert_drafter.converters.verify.drafting import Variant
+    from convert_drafter.converters.verify.diagnosis.diagnose import diagnose
+    from convert_drafter.converters.verify.in_torch.drafting import Variant
 
     file = Variant("file", view.spec, dict(view.weights), view.captures)
     return diagnose(file, bench.original if source else None, bench.target, bench.prompts, tokens)

@@ -18,13 +18,13 @@ from target_gguf import write_target
 
 from convert_drafter.converters import ConvertJob, convert
 from convert_drafter.converters.errors import MissingEngine, WrongInput
-from convert_drafter.converters.verify import llama_serving
 from convert_drafter.converters.verify.acceptance import total
-from convert_drafter.converters.verify.llama_cpp import EngineRun, compare, complete, run_prompts
-from convert_drafter.converters.verify.llama_process import EngineFailure
-from convert_drafter.converters.verify.llama_server import Engine, Known, find_server
-from convert_drafter.converters.verify.llama_serving import Server, Setup, serving
-from convert_drafter.converters.verify.llama_tokens import ServerTokenizer, logit_gap
+from convert_drafter.converters.verify.in_llama_cpp import serving as llama_serving
+from convert_drafter.converters.verify.in_llama_cpp.answers import EngineRun, compare, complete, run_prompts
+from convert_drafter.converters.verify.in_llama_cpp.probe import Engine, Known, find_server
+from convert_drafter.converters.verify.in_llama_cpp.process import EngineFailure
+from convert_drafter.converters.verify.in_llama_cpp.serving import Server, Setup, serving
+from convert_drafter.converters.verify.in_llama_cpp.tokens import ServerTokenizer, logit_gap
 
 pytestmark = pytest.mark.engine
 

@@ -16,9 +16,9 @@ import pytest
 from fake_llama_server import DRAFTING, HELP, LEGACY, make, notes
 
 from convert_drafter.converters.errors import MissingEngine, WrongInput
-from convert_drafter.converters.verify import llama_server as probing
 from convert_drafter.converters.verify.acceptance import total
-from convert_drafter.converters.verify.llama_cpp import (
+from convert_drafter.converters.verify.in_llama_cpp import probe as probing
+from convert_drafter.converters.verify.in_llama_cpp.answers import (
     SAMPLING,
     EngineRun,
     compare,
@@ -26,10 +26,17 @@ from convert_drafter.converters.verify.llama_cpp import (
     first_difference,
     run_prompts,
 )
-from convert_drafter.converters.verify.llama_process import EngineFailure, Log, child
-from convert_drafter.converters.verify.llama_server import Abilities, Engine, Known, find_server, parse_help, probe
-from convert_drafter.converters.verify.llama_serving import Limits, Server, Setup, options, serving
-from convert_drafter.converters.verify.llama_tokens import ServerTokenizer
+from convert_drafter.converters.verify.in_llama_cpp.probe import (
+    Abilities,
+    Engine,
+    Known,
+    find_server,
+    parse_help,
+    probe,
+)
+from convert_drafter.converters.verify.in_llama_cpp.process import EngineFailure, Log, child
+from convert_drafter.converters.verify.in_llama_cpp.serving import Limits, Server, Setup, options, serving
+from convert_drafter.converters.verify.in_llama_cpp.tokens import ServerTokenizer
 
 SOON = Limits(start=60, token=60, death=20, trace=5)
 PROMPTS = [[10, 11, 12], [40, 41], [500, 600, 700, 800]]
@@ -576,7 +583,7 @@ def test_it_is_gone_after_an_error(tmp_path: Path, files: tuple[Path, Path], err
 def test_one_that_will_not_end_is_killed(
     tmp_path: Path, files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("convert_drafter.converters.verify.llama_process.STOP_SECONDS", 0.2)
+    monkeypatch.setattr("convert_drafter.converters.verify.in_llama_cpp.process.STOP_SECONDS", 0.2)
     with serving(engine(tmp_path, stubborn=True), Setup(files[0], 512), limits=SOON) as server:
         pid = server.process.pid
     assert gone(pid)
@@ -586,8 +593,8 @@ def test_one_that_will_not_end_is_killed(
 SCRIPT = """
 import sys
 from pathlib import Path
-from convert_drafter.converters.verify.llama_cpp import run_prompts
-from convert_drafter.converters.verify.llama_server import find_server
+from convert_drafter.converters.verify.in_llama_cpp.answers import run_prompts
+from convert_drafter.converters.verify.in_llama_cpp.probe import find_server
 try:
     run_prompts(find_server(Path(sys.argv[1])), Path(sys.argv[2]), [[1, 2]], 8)
 except KeyboardInterrupt:

@@ -21,9 +21,9 @@ pytestmark = pytest.mark.engine
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from convert_drafter.converters.verify.reference.dflash import DFlash, block_visibility, draft  # noqa: E402
-from convert_drafter.converters.verify.reference.rope import attention_factor, frequencies, rotate  # noqa: E402
-from convert_drafter.converters.verify.weights import (  # noqa: E402
+from convert_drafter.converters.verify.in_torch.reference.dflash import DFlash, block_visibility, draft  # noqa: E402
+from convert_drafter.converters.verify.in_torch.reference.rope import attention_factor, frequencies, rotate  # noqa: E402
+from convert_drafter.converters.verify.in_torch.weights import (  # noqa: E402
     Weights,
     checkpoint_weights,
     gguf_weights,

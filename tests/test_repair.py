@@ -18,7 +18,7 @@ from convert_drafter.converters.drafter_file import read_drafter_file
 from convert_drafter.converters.gguf_file import KeyValue, write_gguf
 from convert_drafter.converters.gguf_read import GGUFFile, read_gguf
 from convert_drafter.converters.spec import facts_of
-from convert_drafter.converters.verify.repair import repair
+from convert_drafter.converters.verify.diagnosis.repair import repair
 
 HISTORY = {f"drafter.redialect.{name}" for name in ("from", "header_sha256", "settings")}
 

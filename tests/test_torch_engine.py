@@ -27,14 +27,14 @@ pytestmark = pytest.mark.engine
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from convert_drafter.converters.verify.drafting import Drafting, variant  # noqa: E402
+from convert_drafter.converters.verify.in_torch.drafter import TorchDrafter  # noqa: E402
+from convert_drafter.converters.verify.in_torch.drafting import Drafting, variant  # noqa: E402
+from convert_drafter.converters.verify.in_torch.reference.dflash import DFlash  # noqa: E402
+from convert_drafter.converters.verify.in_torch.target import TorchTarget  # noqa: E402
+from convert_drafter.converters.verify.in_torch.text import CHUNK, quiet, uncuttable  # noqa: E402
+from convert_drafter.converters.verify.in_torch.texts import Text  # noqa: E402
+from convert_drafter.converters.verify.in_torch.weights import checkpoint_weights, gguf_weights, reference  # noqa: E402
 from convert_drafter.converters.verify.prompts import Encoded  # noqa: E402
-from convert_drafter.converters.verify.reference.dflash import DFlash  # noqa: E402
-from convert_drafter.converters.verify.texts import Text  # noqa: E402
-from convert_drafter.converters.verify.torch_drafter import TorchDrafter  # noqa: E402
-from convert_drafter.converters.verify.torch_target import TorchTarget  # noqa: E402
-from convert_drafter.converters.verify.torch_text import CHUNK, quiet, uncuttable  # noqa: E402
-from convert_drafter.converters.verify.weights import checkpoint_weights, gguf_weights, reference  # noqa: E402
 
 VOCAB, WINDOW, NEW = 200, 16, 200
 PROMPT = [random.Random(3).randrange(VOCAB) for _ in range(40)]
@@ -406,7 +406,7 @@ def test_a_missing_package_is_a_missing_engine(missing: str, module: str) -> Non
 def test_nothing_is_printed(folder: Path) -> None:
     path = write_tiny("qwen3_5", folder / "silent")
     code = (
-        "from pathlib import Path\nfrom convert_drafter.converters.verify.torch_target import TorchTarget\n"
+        "from pathlib import Path\nfrom convert_drafter.converters.verify.in_torch.target import TorchTarget\n"
         f"target = TorchTarget(Path({str(path)!r}))\ntarget.write([1, 2, 3], 3, [0])"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
@@ -502,7 +502,7 @@ def test_drafts_are_those_of_teacher_forcing(
     target: TorchTarget, drafter: DFlash, texts: list[tuple[list[int], dict[int, Any]]]
 ) -> None:
     """T-39, T-40: a context grown step by step, with rejections, drafts as one that was read from the whole text."""
-    from convert_drafter.converters.verify.reference.dflash import draft
+    from convert_drafter.converters.verify.in_torch.reference.dflash import draft
 
     prompt, (tokens, states) = PROMPTS[0], texts[0]
     text, position = [*prompt, *tokens], len(prompt)

@@ -35,11 +35,11 @@ def answered(*gates: Gate, **measured: object) -> EngineAnswer:
     return EngineAnswer(gates, {}, replace(Measured(), **measured))
 
 
-def never(job: VerifyJob, watch: Watch) -> EngineAnswer:
+def never(job: VerifyJob, suspect: bool, watch: Watch) -> EngineAnswer:
     raise AssertionError("nothing is to be measured")
 
 
-def good(job: VerifyJob, watch: Watch) -> EngineAnswer:
+def good(job: VerifyJob, suspect: bool, watch: Watch) -> EngineAnswer:
     return answered(*(Gate(name, Outcome.PASS, "fine") for name in MEASURED))
 
 
@@ -64,6 +64,19 @@ def test_a_refused_pair_is_not_measured(drafter: Path, tmp_path: Path, monkeypat
     assert verdict.exit_code() == 1
     outcomes = {gate.name: gate.outcome for gate in verdict.gates}
     assert outcomes["pairing"] is Outcome.FAIL
+    assert {outcomes[name] for name in MEASURED} == {Outcome.SKIPPED}
+
+
+def test_a_file_that_is_not_all_there_is_not_measured(
+    drafter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """T-70: a truncated file is an answer, not an error."""
+    half = tmp_path / "half.gguf"
+    half.write_bytes(drafter.read_bytes()[: drafter.stat().st_size // 2])
+    verdict = verified(VerifyJob(half, (TARGET,)), monkeypatch, never)
+    assert verdict.exit_code() == 1
+    outcomes = {gate.name: gate.outcome for gate in verdict.gates}
+    assert outcomes["structure"] is Outcome.FAIL
     assert {outcomes[name] for name in MEASURED} == {Outcome.SKIPPED}
 
 
@@ -116,7 +129,7 @@ def test_without_torch_the_way_to_get_it_is_said(drafter: Path, monkeypatch: pyt
 
 def test_the_orchestration_imports_no_torch() -> None:
     blocked = "import sys; sys.modules.update(torch=None, transformers=None, matplotlib=None, jinja2=None); "
-    modules = ("verify", "gates", "report", "html", "repair", "explanations", "loop", "statistics")
+    modules = ("verify", "gates", "loop", "statistics", "reports.report", "reports.html", "diagnosis.repair")
     names = ", ".join(f"convert_drafter.converters.verify.{name}" for name in modules)
     subprocess.run([sys.executable, "-c", f"{blocked}import {names}"], check=True)
 

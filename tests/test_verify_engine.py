@@ -1,4 +1,4 @@
-"""The `verify` command as a user types it: both engines, what they answer, exit codes, reports, diagnosis and repair."""
+"""The `verify` command as a user types it: both engines, answers, exit codes, reports, diagnosis and repair."""
 
 from __future__ import annotations
 

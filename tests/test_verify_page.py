@@ -15,8 +15,8 @@ from chromium import Browser, chromium
 from sample_verdicts import ALONE, FAILING, HOSTILE, LLAMA_CPP, MARKUP, PASSING, SAMPLES, WRONG_WEIGHTS
 
 from convert_drafter.converters.errors import WrongInput
-from convert_drafter.converters.verify import answer
-from convert_drafter.converters.verify.html import page, write_page
+from convert_drafter.converters.verify.reports import answer
+from convert_drafter.converters.verify.reports.html import page, write_page
 
 pytestmark = pytest.mark.engine
 
@@ -248,7 +248,7 @@ def test_every_tag_is_closed(name: str) -> None:
 
 def test_the_same_verdict_gives_the_same_bytes() -> None:
     """R6: no dates, no random names, in any process."""
-    code = "import sys, sample_verdicts as s; from convert_drafter.converters.verify.html import page"
+    code = "import sys, sample_verdicts as s; from convert_drafter.converters.verify.reports.html import page"
     for seed in ("1", "2"):
         environment = {**os.environ, "PYTHONHASHSEED": seed}
         command = [sys.executable, "-c", f"{code}; sys.stdout.buffer.write(page(s.PASSING).encode())"]

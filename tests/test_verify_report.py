@@ -32,7 +32,7 @@ from sample_verdicts import (
 )
 
 from convert_drafter.converters.errors import WrongInput
-from convert_drafter.converters.verify import answer, report
+from convert_drafter.converters.verify.reports import answer, report
 from convert_drafter.converters.verify.verdict import Outcome, Verdict
 
 SCHEMA = Path(report.__file__).with_name("verdict.schema.json")
@@ -364,7 +364,8 @@ def test_the_report_needs_none_of_the_extras() -> None:
     code = f"""
 import sys
 sys.modules.update(dict.fromkeys("{HEAVY}".split()))
-from convert_drafter.converters.verify import report, html
+from convert_drafter.converters.verify.reports import report
+from convert_drafter.converters.verify.reports import html
 from convert_drafter.converters.verify.verdict import Verdict
 verdict = Verdict("a.gguf", "b", None, "torch", {{}}, ())
 report.text(verdict), report.as_json(verdict)
@@ -379,7 +380,7 @@ def test_a_page_without_its_extras_says_what_to_install(missing: str) -> None:
 import sys
 sys.modules["{missing}"] = None
 from convert_drafter.converters.errors import MissingEngine
-from convert_drafter.converters.verify import html
+from convert_drafter.converters.verify.reports import html
 from convert_drafter.converters.verify.verdict import Verdict
 try:
     html.page(Verdict("a.gguf", "b", None, "torch", {{}}, ()))

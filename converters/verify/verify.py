@@ -12,12 +12,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from convert_drafter.converters.convert import refuse_overwriting
-from convert_drafter.converters.doctor import doctor
+from convert_drafter.converters.doctor import STRUCTURE, doctor
+from convert_drafter.converters.drafter_file import read_drafter_file
 from convert_drafter.converters.errors import MissingEngine, WrongInput, WrongUsage
+from convert_drafter.converters.pairing import PAIRING
+from convert_drafter.converters.target import read_target
+from convert_drafter.converters.verify.diagnosis.repair import repair
 from convert_drafter.converters.verify.engine_gate import engine_gate
 from convert_drafter.converters.verify.job import MEASURED, EngineAnswer, VerifyJob
 from convert_drafter.converters.verify.measured import Watch
-from convert_drafter.converters.verify.repair import repair
 from convert_drafter.converters.verify.verdict import Gate, Outcome, Verdict
 
 INSTALL = 'pip install "convert-drafter[verify]"'
@@ -29,8 +32,8 @@ def verify(job: VerifyJob, watch: Watch = lambda phase, done, total: None) -> Ve
     _check(job)
     target = job.folder or job.gguf
     gates = doctor(job.file, target, job.source, job.settings, _reading(job, watch))
-    refused = _refusal(gates)
-    answers = {name: _skipped(refused) if refused else run(job, watch) for name, run in engines.items()}
+    refused, suspect = _refusal(job, gates), any(gate.outcome is Outcome.FAIL for gate in gates)
+    answers = {name: _skipped(refused) if refused else run(job, suspect, watch) for name, run in engines.items()}
     verdict = Verdict(
         file=str(job.file),
         target=" and ".join(map(str, job.targets)),
@@ -67,26 +70,36 @@ def _reading(job: VerifyJob, watch: Watch) -> Callable[[int], None]:
     return on_bytes
 
 
-def _engine(name: str) -> Callable[[VerifyJob, Watch], EngineAnswer]:
+def _engine(name: str) -> Callable[[VerifyJob, bool, Watch], EngineAnswer]:
     """The engine's run, imported only now: torch takes seconds. Raises `MissingEngine`."""
     if name == "llama.cpp":
-        from convert_drafter.converters.verify.llama_engine import run_llama_cpp
+        from convert_drafter.converters.verify.in_llama_cpp.engine import run_llama_cpp
 
         return run_llama_cpp
     missing = [package for package in ("torch", "transformers") if find_spec(package) is None]
     if missing:
         raise MissingEngine(f"the torch engine needs {' and '.join(missing)}: {INSTALL}")
-    from convert_drafter.converters.verify.torch_engine import run_torch
+    from convert_drafter.converters.verify.in_torch.engine import run_torch
 
     return run_torch
 
 
-def _refusal(gates: tuple[Gate, ...]) -> str | None:
+def _refusal(job: VerifyJob, gates: tuple[Gate, ...]) -> str | None:
     """Why nothing can be measured: a pair that does not belong together, or a file that is not all there."""
-    pairing = next((gate for gate in gates if gate.name == "pairing"), None)
-    if pairing is not None and pairing.outcome is Outcome.FAIL:
+    outcomes = {gate.name: gate.outcome for gate in gates}
+    if outcomes.get(PAIRING) is Outcome.FAIL:
         return "not measured: this drafter and this target do not belong together"
+    if outcomes[STRUCTURE] is Outcome.FAIL and not _can_be_run(job):
+        return "not measured: the file cannot be run as it is"
     return None
+
+
+def _can_be_run(job: VerifyJob) -> bool:
+    """Whether every fact and tensor that a drafter needs is there; they may be wrong."""
+    try:
+        return not read_drafter_file(job.file, target=read_target(job.targets[0])).problems
+    except WrongInput:
+        return False
 
 
 def _skipped(reason: str) -> EngineAnswer:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from convert_drafter.converters.roles import TensorKey
-from convert_drafter.converters.verify.drafting import Reading, Variant
+from convert_drafter.converters.verify.in_torch.drafting import Reading, Variant
 from convert_drafter.converters.verify.measured import Agreement
 
 SEED = 7
@@ -46,7 +46,8 @@ def twin(original: Variant, errors: Mapping[TensorKey, float]) -> Variant:
     random = np.random.default_rng(SEED)
 
     def noisy(key: TensorKey, array: NDArray[np.float32]) -> NDArray[np.float32]:
-        error = np.float32(errors.get(key, 0))
+        most = float(np.abs(array).max(initial=0))  # noise beyond the largest weight tells no more
+        error = np.float32(min(np.nan_to_num(errors.get(key, 0.0), nan=most, posinf=most), most))
         return array + error * random.standard_normal(array.shape, np.float32) if error else array
 
     weights = {key: noisy(key, array) for key, array in original.weights.items()}
@@ -54,6 +55,11 @@ def twin(original: Variant, errors: Mapping[TensorKey, float]) -> Variant:
 
 
 def rms_errors(original: Variant, other: Variant) -> dict[TensorKey, float]:
-    """Root mean square difference of each tensor that both have; the original's order."""
+    """Root mean square difference of each tensor that both have; infinite or NaN where the other has no numbers."""
     shared = ((key, a, other.weights.get(key)) for key, a in original.weights.items())
-    return {key: float(np.sqrt(np.mean((a - b) ** 2))) for key, a, b in shared if b is not None and a.shape == b.shape}
+    return {key: _rms(a, b) for key, a, b in shared if b is not None and a.shape == b.shape}
+
+
+def _rms(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+    with np.errstate(all="ignore"):  # a flipped bit makes numbers whose squares are beyond f32, or none at all
+        return float(np.sqrt(np.mean(np.square(np.subtract(a, b, dtype=np.float64)))))

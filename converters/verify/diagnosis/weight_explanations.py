@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from convert_drafter.converters.roles import Role, TensorKey, describe
-from convert_drafter.converters.verify.view import Array, Explanation, Hints, View
+from convert_drafter.converters.verify.diagnosis.view import Array, Explanation, Hints, View
 
 Q_AND_K = (Role.ATTN_Q, Role.ATTN_K, Role.ATTN_Q_BIAS, Role.ATTN_K_BIAS)
 Q_AND_K_NORMS = (Role.ATTN_Q_NORM, Role.ATTN_K_NORM)

@@ -13,8 +13,16 @@ from dataclasses import replace
 from typing import Any
 
 from convert_drafter.converters.spec import Rope, SlidingWindow
-from convert_drafter.converters.verify import weight_explanations
-from convert_drafter.converters.verify.view import Explanation, Family, Hints, View, changes, shown, with_facts
+from convert_drafter.converters.verify.diagnosis import weight_explanations
+from convert_drafter.converters.verify.diagnosis.view import (
+    Explanation,
+    Family,
+    Hints,
+    View,
+    changes,
+    shown,
+    with_facts,
+)
 
 THETAS = (1e7, 1e6, 1e4, 5e6, 5e5, 1e8)
 MASKS = (248070, 248077, 151669, 201818)  # Qwen3.5's, Qwen3.6's, Qwen3's, MiniMax's drafters

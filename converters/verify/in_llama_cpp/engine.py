@@ -16,8 +16,7 @@ from convert_drafter.converters.spec import DrafterSpec
 from convert_drafter.converters.target import read_target
 from convert_drafter.converters.verify import gates
 from convert_drafter.converters.verify.acceptance import total
-from convert_drafter.converters.verify.job import MEASURED, EngineAnswer, VerifyJob
-from convert_drafter.converters.verify.llama_cpp import (
+from convert_drafter.converters.verify.in_llama_cpp.answers import (
     ROUND_CONTEXT,
     Answer,
     Comparison,
@@ -26,10 +25,11 @@ from convert_drafter.converters.verify.llama_cpp import (
     context_for,
     run_prompts,
 )
-from convert_drafter.converters.verify.llama_process import EngineFailure
-from convert_drafter.converters.verify.llama_server import Engine, find_server
-from convert_drafter.converters.verify.llama_serving import Setup, require_drafting, serving
-from convert_drafter.converters.verify.llama_tokens import ServerTokenizer, logit_gap
+from convert_drafter.converters.verify.in_llama_cpp.probe import Engine, find_server
+from convert_drafter.converters.verify.in_llama_cpp.process import EngineFailure
+from convert_drafter.converters.verify.in_llama_cpp.serving import Setup, require_drafting, serving
+from convert_drafter.converters.verify.in_llama_cpp.tokens import ServerTokenizer, logit_gap
+from convert_drafter.converters.verify.job import MEASURED, EngineAnswer, VerifyJob
 from convert_drafter.converters.verify.measured import Loss, Measured, SweepPoint, Watch
 from convert_drafter.converters.verify.prompts import BUILT_IN, Encoded, PromptSet, encode_prompts, read_prompts
 from convert_drafter.converters.verify.sweep import context_lengths, contexts
@@ -63,8 +63,11 @@ class Runs:
     original: EngineRun | None
 
 
-def run_llama_cpp(job: VerifyJob, watch: Watch) -> EngineAnswer:
-    """Every measuring gate in llama-server. Raises `MissingEngine`; what the file makes the engine do is a verdict."""
+def run_llama_cpp(job: VerifyJob, suspect: bool, watch: Watch) -> EngineAnswer:
+    """Every measuring gate in llama-server, which cannot diagnose: `suspect` changes nothing here.
+
+    Raises `MissingEngine`; what the file makes the engine do is a verdict.
+    """
     target = job.gguf
     assert target is not None  # job.engines has seen to it
     engine = find_server(job.server)

@@ -9,8 +9,8 @@ from convert_drafter.converters.errors import MissingEngine, Problems
 try:
     import torch
 
-    from convert_drafter.converters.verify.reference.dflash import Context, DFlash, draft
-    from convert_drafter.converters.verify.torch_target import TorchTarget
+    from convert_drafter.converters.verify.in_torch.reference.dflash import Context, DFlash, draft
+    from convert_drafter.converters.verify.in_torch.target import TorchTarget
 except ImportError as error:
     raise MissingEngine(
         f'{error.name}: not installed, and the torch engine needs it: pip install "convert-drafter[verify]"'

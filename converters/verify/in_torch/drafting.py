@@ -14,10 +14,10 @@ from torch import Tensor
 
 from convert_drafter.converters.spec import DrafterSpec
 from convert_drafter.converters.verify.acceptance import Acceptance
-from convert_drafter.converters.verify.reference.dflash import Context, draft
-from convert_drafter.converters.verify.texts import Text
-from convert_drafter.converters.verify.torch_target import TorchTarget
-from convert_drafter.converters.verify.weights import Weights, reference
+from convert_drafter.converters.verify.in_torch.reference.dflash import Context, draft
+from convert_drafter.converters.verify.in_torch.target import TorchTarget
+from convert_drafter.converters.verify.in_torch.texts import Text
+from convert_drafter.converters.verify.in_torch.weights import Weights, reference
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from convert_drafter.converters.roles import Role
 from convert_drafter.converters.spec import DrafterSpec
-from convert_drafter.converters.verify.reference.rope import rotate
+from convert_drafter.converters.verify.in_torch.reference.rope import rotate
 
 HEAD_ROWS = 2**15  # a head in fewer bits is widened piece by piece: whole, it takes gigabytes
 Context = list[tuple[Tensor, Tensor]]  # per layer: keys, turned by their positions, and values, both (..., m, T, d)

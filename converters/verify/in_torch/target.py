@@ -18,7 +18,13 @@ try:
     from torch import Tensor, nn
     from transformers import AutoModelForCausalLM
 
-    from convert_drafter.converters.verify.torch_text import EMBEDDING, Captured, TargetText, continues_rightly, quiet
+    from convert_drafter.converters.verify.in_torch.text import (
+        EMBEDDING,
+        Captured,
+        TargetText,
+        continues_rightly,
+        quiet,
+    )
 except ImportError as error:
     raise MissingEngine(
         f'{error.name}: not installed, and the torch engine needs it: pip install "convert-drafter[verify]"'

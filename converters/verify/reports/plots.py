@@ -20,7 +20,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from convert_drafter.converters.errors import plain
-from convert_drafter.converters.verify.answer import number, over
+from convert_drafter.converters.verify.reports.answer import number, over
 
 WIDE, NARROW = 720, 336  # CSS pixels: a desk and a telephone
 # matplotlib has to be given colours: each of these stands for a variable of page.css and is replaced by it

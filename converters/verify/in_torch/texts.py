@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from convert_drafter.converters.verify.in_torch.target import TorchTarget
 from convert_drafter.converters.verify.prompts import Encoded
-from convert_drafter.converters.verify.torch_target import TorchTarget
 
 
 @dataclass(frozen=True)

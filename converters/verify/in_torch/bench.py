@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from convert_drafter.converters.verify.acceptance import Acceptance
-from convert_drafter.converters.verify.drafting import Drafting, Reading
+from convert_drafter.converters.verify.in_torch.drafter import TorchDrafter
+from convert_drafter.converters.verify.in_torch.drafting import Drafting, Reading
+from convert_drafter.converters.verify.in_torch.same_drafts import compare
+from convert_drafter.converters.verify.in_torch.target import TorchTarget
+from convert_drafter.converters.verify.in_torch.texts import Text, write_texts
 from convert_drafter.converters.verify.loop import speculative_loop
 from convert_drafter.converters.verify.measured import Agreement, Loss, Measured, SweepPoint, Watch
 from convert_drafter.converters.verify.pay import StepTimes, lengths_to_time
 from convert_drafter.converters.verify.prompts import Encoded
-from convert_drafter.converters.verify.same_drafts import compare
 from convert_drafter.converters.verify.sweep import NEW_TOKENS, contexts
-from convert_drafter.converters.verify.texts import Text, write_texts
-from convert_drafter.converters.verify.torch_drafter import TorchDrafter
-from convert_drafter.converters.verify.torch_target import TorchTarget
 
 
 @dataclass(frozen=True)

@@ -13,20 +13,21 @@ from transformers import AutoTokenizer
 
 from convert_drafter.converters.convert import read_published
 from convert_drafter.converters.errors import WrongInput
+from convert_drafter.converters.target import read_target
 from convert_drafter.converters.verify import gates
 from convert_drafter.converters.verify.acceptance import total
-from convert_drafter.converters.verify.diagnose import diagnose
-from convert_drafter.converters.verify.drafting import Drafting, Variant, variant
+from convert_drafter.converters.verify.diagnosis.diagnose import diagnose
+from convert_drafter.converters.verify.in_torch.bench import Bench, measure, sweep, time_steps
+from convert_drafter.converters.verify.in_torch.drafting import Drafting, Variant, variant
+from convert_drafter.converters.verify.in_torch.same_drafts import rms_errors, twin
+from convert_drafter.converters.verify.in_torch.target import TorchTarget
+from convert_drafter.converters.verify.in_torch.weights import checkpoint_weights, gguf_weights
 from convert_drafter.converters.verify.job import EngineAnswer, VerifyJob
 from convert_drafter.converters.verify.measured import Measured, Watch
 from convert_drafter.converters.verify.pay import payoff
 from convert_drafter.converters.verify.prompts import BUILT_IN, Messages, PromptSet, encode_prompts, read_prompts
-from convert_drafter.converters.verify.same_drafts import rms_errors, twin
 from convert_drafter.converters.verify.sweep import context_lengths
-from convert_drafter.converters.verify.torch_bench import Bench, measure, sweep, time_steps
-from convert_drafter.converters.verify.torch_target import TorchTarget
 from convert_drafter.converters.verify.verdict import Diagnosis, Gate, Outcome
-from convert_drafter.converters.verify.weights import checkpoint_weights, gguf_weights
 
 # Two best logits this close, as a share of the best, are a tie: about the digits that the type's sums keep.
 TIES = {"float32": 1e-5, "bfloat16": 0.02, "float16": 0.003}
@@ -61,8 +62,11 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def run_torch(job: VerifyJob, watch: Watch) -> EngineAnswer:
-    """Every measuring gate in torch. Raises `WrongInput` for a target, source or prompts that cannot be read."""
+def run_torch(job: VerifyJob, suspect: bool, watch: Watch) -> EngineAnswer:
+    """Every measuring gate in torch; a `suspect` file is diagnosed even if they all hold.
+
+    Raises `WrongInput` for a target, source or prompts that cannot be read.
+    """
     folder = job.folder
     assert folder is not None  # job.engines has seen to it
     watch("loading", 0, 3)
@@ -70,14 +74,15 @@ def run_torch(job: VerifyJob, watch: Watch) -> EngineAnswer:
     with _threads(job.threads, target):
         prompts = _prompts(job, folder, target)
         watch("loading", 1, 3)
-        file = _variant_of_file(job)
+        file = _variant_of_file(job, folder)
         watch("loading", 2, 3)
         original = _variant_of_source(job)
         bench = _bench(target, file, original)
         watch("loading", 3, 3)
         measured = measure(bench, prompts.prompts, job.new_tokens, watch)
         found = _gates(job, bench, prompts, measured, watch)
-        diagnosis = _diagnosis(job, bench, prompts, found, watch)
+        failed = suspect or any(gate.outcome is Outcome.FAIL for gate in found)
+        diagnosis = _diagnosis(job, bench, prompts, watch) if failed and (job.diagnose or job.repair) else None
     return EngineAnswer(tuple(found), _settings(job, prompts, target), measured, diagnosis)
 
 
@@ -97,9 +102,7 @@ def _gates(job: VerifyJob, bench: Bench, prompts: PromptSet, measured: Measured,
     return found
 
 
-def _diagnosis(job: VerifyJob, bench: Bench, prompts: PromptSet, found: list[Gate], watch: Watch) -> Diagnosis | None:
-    if not (job.diagnose or job.repair) or all(gate.outcome is not Outcome.FAIL for gate in found):
-        return None
+def _diagnosis(job: VerifyJob, bench: Bench, prompts: PromptSet, watch: Watch) -> Diagnosis:
     original = bench.original.variant if bench.original else None
     return diagnose(bench.file.variant, original, bench.target, prompts.prompts, job.new_tokens, watch)
 
@@ -110,8 +113,8 @@ def _prompts(job: VerifyJob, folder: Path, target: TorchTarget) -> PromptSet:
     return encode_prompts(prompts, HubTokenizer(folder), origin, target.vocab_size, job.template)
 
 
-def _variant_of_file(job: VerifyJob) -> Variant:
-    spec, weights = gguf_weights(job.file)
+def _variant_of_file(job: VerifyJob, folder: Path) -> Variant:
+    spec, weights = gguf_weights(job.file, target=read_target(folder))
     return variant(job.file.name, spec, weights)
 
 

@@ -11,17 +11,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from convert_drafter.converters.verify.drafting import Variant
-from convert_drafter.converters.verify.explanations import explanations, layers_needed
+from convert_drafter.converters.verify.diagnosis.explanations import explanations, layers_needed
+from convert_drafter.converters.verify.diagnosis.trials import Measurement, Score, Trials
+from convert_drafter.converters.verify.diagnosis.view import Explanation, Hints, View, changes
+from convert_drafter.converters.verify.diagnosis.weight_explanations import (
+    furthest_weights,
+    largest_error,
+    source_weights,
+)
+from convert_drafter.converters.verify.in_torch.drafting import Variant
+from convert_drafter.converters.verify.in_torch.target import TorchTarget
+from convert_drafter.converters.verify.in_torch.texts import write_texts
 from convert_drafter.converters.verify.measured import Watch
 from convert_drafter.converters.verify.prompts import Encoded
 from convert_drafter.converters.verify.statistics import compare
-from convert_drafter.converters.verify.texts import write_texts
-from convert_drafter.converters.verify.torch_target import TorchTarget
-from convert_drafter.converters.verify.trials import Measurement, Score, Trials
 from convert_drafter.converters.verify.verdict import Cause, Diagnosis
-from convert_drafter.converters.verify.view import Explanation, Hints, View, changes
-from convert_drafter.converters.verify.weight_explanations import furthest_weights, largest_error, source_weights
 
 SPECIALS = ("mask", "pad", "eos", "bos")  # tokens a drafter's mask may have been taken for
 TEXTS = 8  # their states are kept

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from convert_drafter.converters.errors import MissingEngine, WrongInput
-from convert_drafter.converters.verify import llama_http as http
-from convert_drafter.converters.verify.llama_process import Child, EngineFailure, child, ending
-from convert_drafter.converters.verify.llama_server import INSTALL, Engine, Known
+from convert_drafter.converters.verify.in_llama_cpp import http as http
+from convert_drafter.converters.verify.in_llama_cpp.probe import INSTALL, Engine, Known
+from convert_drafter.converters.verify.in_llama_cpp.process import Child, EngineFailure, child, ending
 from convert_drafter.converters.verify.measured import Watch
 
 DFLASH = "draft-dflash"

@@ -18,7 +18,7 @@ from convert_drafter.converters.errors import Problems
 from convert_drafter.converters.roles import TensorKey
 from convert_drafter.converters.spec import DrafterSpec
 from convert_drafter.converters.target import Target
-from convert_drafter.converters.verify.reference.dflash import DFlash
+from convert_drafter.converters.verify.in_torch.reference.dflash import DFlash
 from convert_drafter.quant import TYPES, dequantize
 
 Weights = dict[TensorKey, NDArray[np.float32]]

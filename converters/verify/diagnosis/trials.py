@@ -10,12 +10,12 @@ from torch import Tensor
 
 from convert_drafter.converters.errors import WrongInput
 from convert_drafter.converters.verify.acceptance import Acceptance, total
-from convert_drafter.converters.verify.drafting import Drafting, Variant, matching
+from convert_drafter.converters.verify.diagnosis.view import View
+from convert_drafter.converters.verify.in_torch.drafting import Drafting, Variant, matching
+from convert_drafter.converters.verify.in_torch.same_drafts import compare
+from convert_drafter.converters.verify.in_torch.target import TorchTarget
+from convert_drafter.converters.verify.in_torch.texts import Text
 from convert_drafter.converters.verify.measured import Agreement
-from convert_drafter.converters.verify.same_drafts import compare
-from convert_drafter.converters.verify.texts import Text
-from convert_drafter.converters.verify.torch_target import TorchTarget
-from convert_drafter.converters.verify.view import View
 
 PASSAGES, ANCHORS = 4, 16  # texts that are looked at, and neighbouring positions of each that are drafted from at once
 BEYOND = 1e9  # nats: what drafts that are no numbers diverge by
