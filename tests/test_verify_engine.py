@@ -14,7 +14,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from faults import Workspace
+from faults import FAULTS, Workspace
 from published import PAIR
 from target_gguf import write_target
 
@@ -140,7 +140,8 @@ def test_too_few_prompts_are_undecided(folder: Path, verify: Verify) -> None:
 
 def test_a_file_that_stops_the_engine_is_an_answer(folder: Path, gguf: tuple[str, str], verify: Verify) -> None:
     """llama.cpp computes with F32 norms only: an assertion stops it. `doctor` has foreseen it."""
-    file = Workspace(folder / "planted").f16_norms()
+    fault = next(fault for fault in FAULTS if fault.name == "norms of 16 bits")
+    file = fault.case(Workspace(folder / "planted")).file
     code, verdict = verify(file, *gguf)
     assert code == 1
     assert outcomes(verdict)["structure"] == outcomes(verdict)["lossless"] == "fail"
