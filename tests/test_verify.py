@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,11 +36,11 @@ def answered(*gates: Gate, **measured: object) -> EngineAnswer:
     return EngineAnswer(gates, {}, replace(Measured(), **measured))
 
 
-def never(job: VerifyJob, suspect: bool, watch: Watch) -> EngineAnswer:
+def never(job: VerifyJob, before: Sequence[Gate], watch: Watch) -> EngineAnswer:
     raise AssertionError("nothing is to be measured")
 
 
-def good(job: VerifyJob, suspect: bool, watch: Watch) -> EngineAnswer:
+def good(job: VerifyJob, before: Sequence[Gate], watch: Watch) -> EngineAnswer:
     return answered(*(Gate(name, Outcome.PASS, "fine") for name in MEASURED))
 
 

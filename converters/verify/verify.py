@@ -6,7 +6,7 @@ Face folder; in llama.cpp, where it is a GGUF; in both, and against each other, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +23,7 @@ from convert_drafter.converters.verify.job import MEASURED, EngineAnswer, Verify
 from convert_drafter.converters.verify.measured import Watch
 from convert_drafter.converters.verify.verdict import Gate, Outcome, Verdict
 
+Run = Callable[[VerifyJob, Sequence[Gate], Watch], EngineAnswer]
 INSTALL = 'pip install "convert-drafter[verify]"'
 
 
@@ -32,8 +33,8 @@ def verify(job: VerifyJob, watch: Watch = lambda phase, done, total: None) -> Ve
     _check(job)
     target = job.folder or job.gguf
     gates = doctor(job.file, target, job.source, job.settings, _reading(job, watch))
-    refused, suspect = _refusal(job, gates), any(gate.outcome is Outcome.FAIL for gate in gates)
-    answers = {name: _skipped(refused) if refused else run(job, suspect, watch) for name, run in engines.items()}
+    refused = _refusal(job, gates)
+    answers = {name: _skipped(refused) if refused else run(job, gates, watch) for name, run in engines.items()}
     verdict = Verdict(
         file=str(job.file),
         target=" and ".join(map(str, job.targets)),
@@ -70,7 +71,7 @@ def _reading(job: VerifyJob, watch: Watch) -> Callable[[int], None]:
     return on_bytes
 
 
-def _engine(name: str) -> Callable[[VerifyJob, bool, Watch], EngineAnswer]:
+def _engine(name: str) -> Run:
     """The engine's run, imported only now: torch takes seconds. Raises `MissingEngine`."""
     if name == "llama.cpp":
         from convert_drafter.converters.verify.in_llama_cpp.engine import run_llama_cpp

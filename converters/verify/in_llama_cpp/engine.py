@@ -63,8 +63,8 @@ class Runs:
     original: EngineRun | None
 
 
-def run_llama_cpp(job: VerifyJob, suspect: bool, watch: Watch) -> EngineAnswer:
-    """Every measuring gate in llama-server, which cannot diagnose: `suspect` changes nothing here.
+def run_llama_cpp(job: VerifyJob, before: Sequence[Gate], watch: Watch) -> EngineAnswer:
+    """Every measuring gate in llama-server, which cannot diagnose: the gates `before` change nothing here.
 
     Raises `MissingEngine`; what the file makes the engine do is a verdict.
     """

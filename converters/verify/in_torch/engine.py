@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,19 @@ import transformers
 from transformers import AutoTokenizer
 
 from convert_drafter.converters.convert import read_published
+from convert_drafter.converters.doctor import STRUCTURE
+from convert_drafter.converters.drafter_file import DrafterFile, read_drafter_file
 from convert_drafter.converters.errors import WrongInput
+from convert_drafter.converters.roles import TensorKey
 from convert_drafter.converters.target import read_target
 from convert_drafter.converters.verify import gates
 from convert_drafter.converters.verify.acceptance import total
 from convert_drafter.converters.verify.diagnosis.diagnose import diagnose
 from convert_drafter.converters.verify.in_torch.bench import Bench, measure, sweep, time_steps
 from convert_drafter.converters.verify.in_torch.drafting import Drafting, Variant, variant
-from convert_drafter.converters.verify.in_torch.same_drafts import rms_errors, twin
+from convert_drafter.converters.verify.in_torch.same_drafts import quantization_errors, twin
 from convert_drafter.converters.verify.in_torch.target import TorchTarget
-from convert_drafter.converters.verify.in_torch.weights import checkpoint_weights, gguf_weights
+from convert_drafter.converters.verify.in_torch.weights import checkpoint_weights, file_weights
 from convert_drafter.converters.verify.job import EngineAnswer, VerifyJob
 from convert_drafter.converters.verify.measured import Measured, Watch
 from convert_drafter.converters.verify.pay import payoff
@@ -62,8 +65,8 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def run_torch(job: VerifyJob, suspect: bool, watch: Watch) -> EngineAnswer:
-    """Every measuring gate in torch; a `suspect` file is diagnosed even if they all hold.
+def run_torch(job: VerifyJob, before: Sequence[Gate], watch: Watch) -> EngineAnswer:
+    """Every measuring gate in torch; what the gates `before` fail is diagnosed even if these hold.
 
     Raises `WrongInput` for a target, source or prompts that cannot be read.
     """
@@ -74,14 +77,15 @@ def run_torch(job: VerifyJob, suspect: bool, watch: Watch) -> EngineAnswer:
     with _threads(job.threads, target):
         prompts = _prompts(job, folder, target)
         watch("loading", 1, 3)
-        file = _variant_of_file(job, folder)
+        drafter = read_drafter_file(job.file, target=read_target(folder))
+        file = variant(job.file.name, drafter.spec, file_weights(drafter))
         watch("loading", 2, 3)
         original = _variant_of_source(job)
-        bench = _bench(target, file, original)
+        bench = _bench(target, file, original, _allowed(drafter, before))
         watch("loading", 3, 3)
         measured = measure(bench, prompts.prompts, job.new_tokens, watch)
         found = _gates(job, bench, prompts, measured, watch)
-        failed = suspect or any(gate.outcome is Outcome.FAIL for gate in found)
+        failed = any(gate.outcome is Outcome.FAIL for gate in (*before, *found))
         diagnosis = _diagnosis(job, bench, prompts, watch) if failed and (job.diagnose or job.repair) else None
     return EngineAnswer(tuple(found), _settings(job, prompts, target), measured, diagnosis)
 
@@ -113,11 +117,6 @@ def _prompts(job: VerifyJob, folder: Path, target: TorchTarget) -> PromptSet:
     return encode_prompts(prompts, HubTokenizer(folder), origin, target.vocab_size, job.template)
 
 
-def _variant_of_file(job: VerifyJob, folder: Path) -> Variant:
-    spec, weights = gguf_weights(job.file, target=read_target(folder))
-    return variant(job.file.name, spec, weights)
-
-
 def _variant_of_source(job: VerifyJob) -> Variant | None:
     if job.source is None:
         return None
@@ -125,10 +124,17 @@ def _variant_of_source(job: VerifyJob) -> Variant | None:
     return variant(job.source.name, published.spec, checkpoint_weights(published))
 
 
-def _bench(target: TorchTarget, file: Variant, original: Variant | None) -> Bench:
+def _allowed(drafter: DrafterFile, before: Sequence[Gate]) -> dict[TensorKey, float]:
+    """What the structure gate found each tensor's type to explain, relative to the tensor's own size."""
+    compared = next((gate.figures.get("tensors", ()) for gate in before if gate.name == STRUCTURE), ())
+    allowed = {tensor["name"]: tensor["allowed"] for tensor in compared}
+    return {key: allowed[stored.name] for key, stored in drafter.tensors.items() if stored.name in allowed}
+
+
+def _bench(target: TorchTarget, file: Variant, original: Variant | None, allowed: dict[TensorKey, float]) -> Bench:
     if original is None:
         return Bench(target, Drafting(file, target))
-    noisy = twin(original, rms_errors(original, file))
+    noisy = twin(original, quantization_errors(original, file, allowed))
     return Bench(target, Drafting(file, target), Drafting(original, target), Drafting(noisy, target))
 
 

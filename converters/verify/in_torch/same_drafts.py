@@ -46,18 +46,26 @@ def twin(original: Variant, errors: Mapping[TensorKey, float]) -> Variant:
     random = np.random.default_rng(SEED)
 
     def noisy(key: TensorKey, array: NDArray[np.float32]) -> NDArray[np.float32]:
-        most = float(np.abs(array).max(initial=0))  # noise beyond the largest weight tells no more
-        error = np.float32(min(np.nan_to_num(errors.get(key, 0.0), nan=most, posinf=most), most))
+        error = np.float32(errors.get(key, 0))
         return array + error * random.standard_normal(array.shape, np.float32) if error else array
 
     weights = {key: noisy(key, array) for key, array in original.weights.items()}
     return Variant(f"{original.name} with noise", original.spec, weights, original.captures)
 
 
-def rms_errors(original: Variant, other: Variant) -> dict[TensorKey, float]:
-    """Root mean square difference of each tensor that both have; infinite or NaN where the other has no numbers."""
-    shared = ((key, a, other.weights.get(key)) for key, a in original.weights.items())
-    return {key: _rms(a, b) for key, a, b in shared if b is not None and a.shape == b.shape}
+def quantization_errors(
+    original: Variant, other: Variant, allowed: Mapping[TensorKey, float]
+) -> dict[TensorKey, float]:
+    """Root mean square difference of each tensor, as far as its type explains it.
+
+    `allowed` is that as a share of the tensor's own root mean square; a tensor not in it has nothing to explain.
+    """
+    shared = ((key, a, other.weights.get(key), allowed.get(key, 0.0)) for key, a in original.weights.items())
+    return {
+        key: np.fmin(_rms(a, b), share * _rms(a, np.zeros_like(a)))  # the other may be no number
+        for key, a, b, share in shared
+        if b is not None and a.shape == b.shape
+    }
 
 
 def _rms(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
