@@ -47,7 +47,7 @@ def read_source(survey: Survey, source: Path, target: Path | None, settings: Map
 
     It is read without the target where that is not its target.
     """
-    settings = {**dict(entry.partition("=")[::2] for entry in _noted(survey, SETTINGS)), **settings}
+    settings = {**recorded_settings(survey.file), **settings}
     if target is None:
         return read_published(source, None, settings)
     try:
@@ -59,8 +59,17 @@ def read_source(survey: Survey, source: Path, target: Path | None, settings: Map
             raise error from None
 
 
+def recorded_settings(file: GGUFFile) -> dict[str, str]:
+    """What the user set of the checkpoint's config when this file was converted: path -> JSON text."""
+    return dict(entry.partition("=")[::2] for entry in noted(file, SETTINGS))
+
+
 def _noted(survey: Survey, key: str) -> tuple[str, ...]:
-    entry = survey.file.keys.get(key)
+    return noted(survey.file, key)
+
+
+def noted(file: GGUFFile, key: str) -> tuple[str, ...]:
+    entry = file.keys.get(key)
     values = entry.value if entry is not None and isinstance(entry.value, tuple) else ()
     return tuple(value for value in values if isinstance(value, str))
 
@@ -106,6 +115,21 @@ def _settings(survey: Survey) -> Iterator[Finding]:
     for key in (SETTINGS, REWRITTEN):
         for entry in _noted(survey, key):
             yield Finding(f"{key}: {entry}: set by the user when the file was made, and applied here", fault=False)
+
+
+def overruled(survey: Survey, source: Path, target: Path | None, settings: Mapping[str, str]) -> Iterator[Finding]:
+    """Facts that the checkpoint states itself, and that settings recorded in the file overrule: meant, or a mistake."""
+    if not any(_noted(survey, key) for key in (SETTINGS, REWRITTEN)):
+        return
+    try:
+        spec = read_published(source, target, settings).spec
+    except WrongInput:
+        return  # without them it cannot be read: they were needed
+    wanted, _ = read_all(survey.cell, {entry.key: entry for entry in write(survey.cell, spec)})
+    for name, value in wanted.items():
+        if name in survey.facts and survey.facts[name] != value:
+            said = f"{name}: the checkpoint says {_said(value)}, the file {_said(survey.facts[name])}"
+            yield Finding(f"{said}, as the user set it when the file was made", fault=False, doubt=True)
 
 
 def _facts(survey: Survey, published: Published) -> Iterator[Finding]:

@@ -196,13 +196,13 @@ def verify_command(job: VerifyJob, strict: bool, json_out: Path | None, html_out
     places = {report.write_json: json_out, html.write_page: html_out}
     written = {write: path for write, path in places.items() if path is not None and path != STDOUT}
     report.check_places([*written.values(), *filter(None, [job.repair])], job.inputs)  # before minutes are spent
-    if html_out is not None:
-        html.check_installed()
+    html.check(html_out)
     with phases() as watch:
         verdict = verify(replace(job, command=click.get_current_context().find_root().obj), watch)
     for write, path in written.items():
         write(verdict, path)
     show_verdict(verdict, json_out == STDOUT, list(written.values()))
+    show.warnings(errors, verdict.notes)
     return verdict.exit_code(strict)
 
 

@@ -228,7 +228,8 @@ def refuse_overwriting(out: Path, sources: Iterable[Path]) -> None:
         raise WrongInput(f"{out}: there is no folder {out.parent}; make it first")
     taken = [path for path in (out, partial_name(out)) if path.exists()]
     for source in sources if taken else ():
-        if any(path.samefile(source) for path in taken):
+        inside = source.is_dir() and any(path.resolve().is_relative_to(source.resolve()) for path in taken)
+        if inside or any(path.samefile(source) for path in taken):
             raise WrongUsage(f"{out}: is the same file as the source {source}; choose another output")
     if out.is_symlink():  # renaming onto it would replace the link and leave what it points to as it was
         raise WrongUsage(f"{out}: is a link to {out.readlink()}, expected the name of the file itself")

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from convert_drafter.converters.against_source import Agreement, agreement, read_source
+from convert_drafter.converters.against_source import Agreement, agreement, overruled, read_source
 from convert_drafter.converters.drafter_file import cell_of_file
 from convert_drafter.converters.encoding import cores
 from convert_drafter.converters.errors import Problems, WrongInput, WrongUsage
@@ -55,6 +56,8 @@ def doctor(
     sick = _health(file, hear)
     broken = frozenset(name for name, state in sick.items() if state.broken)
     agreed = Agreement(()) if published is None else agreement(found, published, broken, hear)
+    if source is not None:
+        agreed = replace(agreed, findings=(*agreed.findings, *overruled(found, source, target, settings or {})))
     structure = _structure(found, sick, agreed, source)
     return (structure,) if target is None else (structure, check_pairing(found, target))
 
@@ -115,7 +118,8 @@ def _gate(summary: str, findings: Iterable[Finding], compared: Iterable[Comparis
     """Faults first, notes after them."""
     every = list(dict.fromkeys(findings))
     faults = [finding.text for finding in every if finding.fault]
-    notes = [f"note: {finding.text}" for finding in every if not finding.fault]
+    doubts = [finding.text for finding in every if finding.doubt]
+    notes = [f"note: {finding.text}" for finding in every if not (finding.fault or finding.doubt)]
     tensors = [
         {
             "name": c.name,
@@ -130,7 +134,11 @@ def _gate(summary: str, findings: Iterable[Finding], compared: Iterable[Comparis
     figures = {"tensors": tensors} if tensors else {}
     if faults:
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-        return Gate(STRUCTURE, Outcome.FAIL, f"{count}; {summary}" if summary else count, (*faults, *notes), figures)
+        return Gate(
+            STRUCTURE, Outcome.FAIL, f"{count}; {summary}" if summary else count, (*faults, *doubts, *notes), figures
+        )
+    if doubts:
+        return Gate(STRUCTURE, Outcome.UNDECIDED, f"{summary}; settings overrule it", (*doubts, *notes), figures)
     return Gate(STRUCTURE, Outcome.PASS, summary, tuple(notes), figures)
 
 

@@ -97,6 +97,16 @@ def parse_lengths(context: click.Context, parameter: click.Parameter, value: str
     return tuple(sorted({int(length) for length in lengths}))
 
 
+class FiniteRange(click.FloatRange):
+    """A number of a range; click takes NaN for one of any."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = super().convert(value, param, ctx)
+        if number != number:
+            self.fail(f"{value!r} is not a number", param, ctx)
+        return number
+
+
 def verify_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """What to verify and how: the command gets `job`."""
 
@@ -106,7 +116,7 @@ def verify_options(command: Callable[..., Any]) -> Callable[..., Any]:
         job = {name: given.pop(name) for name in list(given) if name in names}
         return command(job=VerifyJob(file, tuple(targets), **job), **given)
 
-    share, count = click.FloatRange(0, 1), click.IntRange(1)
+    share, count = FiniteRange(0, 1), click.IntRange(1)
     for option in reversed((
         click.argument("file", metavar="FILE", type=INPUT),
         click.option("--target", "targets", type=INPUT, multiple=True, required=True,
@@ -115,10 +125,10 @@ def verify_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--engine", type=click.Choice(ENGINES), help="Only this engine; without it all targets' engines."),
         click.option("--prompts", type=INPUT, help="Text (one a line) or JSONL; without it the package's own."),
         click.option("--max-prompts", type=count, help="Only the first so many prompts."),
-        click.option("--new-tokens", type=click.IntRange(2), default=128, show_default=True, help="Tokens per prompt."),
+        click.option("--new-tokens", type=click.IntRange(8), default=128, show_default=True, help="Tokens per prompt."),
         click.option("--max-drop", type=share, default=0.05, show_default=True,
                      help="Share of the original's acceptance length that may be lost."),
-        click.option("--min-acceptance-length", "least_length", type=click.FloatRange(1), metavar="X",
+        click.option("--min-acceptance-length", "least_length", type=FiniteRange(1), metavar="X",
                      help="Fail below X tokens per verify step."),
         click.option("--contexts", callback=parse_lengths, metavar="N,N...", help="Contexts to sweep, in tokens."),
         click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True,

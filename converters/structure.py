@@ -49,10 +49,11 @@ PARTS = {"rope": "rope.dimensions", "window": "window.layers"}  # the spec's nam
 
 @dataclass(frozen=True)
 class Finding:
-    """One line. A fault fails the file; anything else is worth knowing."""
+    """One line. A fault fails the file, a doubt leaves it undecided; anything else is worth knowing."""
 
     text: str
     fault: bool = True
+    doubt: bool = False
 
 
 @dataclass(frozen=True)

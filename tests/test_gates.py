@@ -39,7 +39,7 @@ def test_another_text_fails_and_names_the_prompt() -> None:
     """T-50: gibberish with speculation on."""
     gate = gates.lossless(measured(losses=(Loss("prompt 3", 17, 0.2),)), 1e-4)
     assert gate.outcome is Outcome.FAIL
-    assert gate.details == ("prompt 3: another text from token 17 on; the two best logits are 20.00% apart, no tie",)
+    assert gate.details == ("prompt 3: another text from token 17 on; its two best tokens are 0.2 nats apart, no tie",)
 
 
 def test_a_rounding_tie_is_said_and_passes() -> None:

@@ -19,8 +19,12 @@ NO_SOURCE = "no original to compare with: give --source, the checkpoint it was m
 # too wide 7e-5.
 TWIN_FACTOR, ROUNDING_KL = 3.0, 1e-6
 COLLAPSED = 0.3  # share of first drafts accepted; a working drafter is far above it, one with a wrong fact below
+NO_ROOM = "the target has no room for a context to try"
+NOTHING = "nothing was measured: the target ends every text at once"
 SWEEP_DROP = 0.15  # at one context length there are few prompts
 CLIFF = 0.4  # of the drafts accepted at a shorter context
+FEW_STEPS = 16  # below that nothing was really drafted
+HALF = 0.5  # of the original's accepted drafts: so far off that few texts tell
 
 
 def lossless(measured: Measured, tie: float, texts: int | None = None) -> Gate:
@@ -28,6 +32,8 @@ def lossless(measured: Measured, tie: float, texts: int | None = None) -> Gate:
 
     `texts` is how many were compared, where that is more than the prompts.
     """
+    if not measured.prompts:
+        return Gate("lossless", Outcome.SKIPPED, NOTHING)
     ties = [loss for loss in measured.losses if loss.margin is not None and loss.margin <= tie]
     wrong = [loss for loss in measured.losses if loss not in ties]
     count = len(measured.prompts) if texts is None else texts
@@ -41,7 +47,7 @@ def lossless(measured: Measured, tie: float, texts: int | None = None) -> Gate:
 
 
 def _margin(margin: float | None) -> str:
-    return "" if margin is None else f"; the two best logits are {margin:.2%} apart, no tie"
+    return "" if margin is None else f"; its two best tokens are {margin:.2g} nats apart, no tie"
 
 
 def same_drafts(measured: Measured) -> Gate:
@@ -50,13 +56,15 @@ def same_drafts(measured: Measured) -> Gate:
     if not measured.originals:
         return Gate(name, Outcome.SKIPPED, NO_SOURCE)
     allowed = TWIN_FACTOR * measured.expected.kl + ROUNDING_KL
-    same = found.kl <= allowed
+    same = found.kl <= allowed and not found.lacking
     positions = sum(found.compared)
     summary = (
         f"{found.top1:.1%} of {positions:,} drafts equal the original's, KL {found.kl:.2g} nats"
         f" (its quantization explains {allowed:.2g})"
     )
     why = () if same else ("the same inputs give other distributions: a fact or a tensor is not the original's",)
+    if found.lacking:
+        why = (*why, f"its block is shorter: {found.lacking:,} drafts of the original are not there")
     figures = {
         "positions": positions,
         "top1": found.top1,
@@ -87,7 +95,9 @@ def _against_original(measured: Measured, file: Acceptance, max_drop: float) -> 
     )
     outcome = {True: Outcome.PASS, False: Outcome.FAIL, None: Outcome.UNDECIDED}[found.holds(max_drop)]
     lines: tuple[str, ...] = ()
-    if outcome is Outcome.UNDECIDED:
+    if original.steps < FEW_STEPS or not sum(original.accepted):
+        outcome, lines = Outcome.UNDECIDED, (f"{original.steps} verify steps of the original are too few to tell",)
+    elif outcome is Outcome.UNDECIDED:
         more = "more prompts" if found.needed is None else f"about {found.needed} more prompts"
         lines = (f"not enough prompts to tell whether it lost more than {max_drop:.0%}: {more} would",)
     elif outcome is Outcome.FAIL:
@@ -109,11 +119,13 @@ def _interval(found: Difference) -> str:
 
 
 def _alone(measured: Measured, file: Acceptance) -> Gate:
-    first = file.by_position[0]
     summary = f"{file.length:.2f} tokens per verify step, {file.rate:.0%} of drafts accepted; {NO_SOURCE}"
     figures = {"prompts": len(measured.files), "file": _figures(file)}
-    if len(file.drafted) > 1 and first < COLLAPSED:
-        line = f"{first:.0%} of first drafts are right: collapsed, a working drafter has most of them right"
+    if not sum(file.drafted):
+        return Gate("acceptance", Outcome.FAIL, summary, ("nothing was drafted at all",), figures)
+    if len(file.drafted) > 1 and file.by_position[0] < COLLAPSED:
+        share = f"{file.by_position[0]:.0%}"
+        line = f"{share} of first drafts are right: collapsed, a working drafter has most of them right"
         return Gate("acceptance", Outcome.FAIL, summary, (line,), figures)
     return Gate("acceptance", Outcome.ADVICE, summary, (), figures)
 
@@ -126,12 +138,14 @@ def _figures(walk: Acceptance) -> dict[str, Any]:
 def length_sweep(points: Sequence[SweepPoint], spec: DrafterSpec) -> Gate:
     """Acceptance by context length; a length at which the file collapses and the original does not is a fault."""
     if not any(point.files for point in points):
-        return Gate("length sweep", Outcome.SKIPPED, "the target has no room for a context to try")
+        return Gate(
+            "length sweep", Outcome.SKIPPED, NOTHING if points else "the target has no room for a context to try"
+        )
     told = [(point, total(point.files), total(point.originals)) for point in points if point.files]
     fallen = [
         f"with {point.context} tokens of context {file.length:.2f} per verify step, the original {original.length:.2f}"
         for point, file, original in told
-        if point.originals and compare(point.originals, point.files, SWEEP_DROP).holds(SWEEP_DROP) is False
+        if point.originals and _collapsed(point, file, original)
     ]
     cliffs = [] if fallen else _cliffs(told)
     summary = ", ".join(f"{point.context}: {file.length:.2f}" for point, file, _ in told)
@@ -152,14 +166,25 @@ def length_sweep(points: Sequence[SweepPoint], spec: DrafterSpec) -> Gate:
     return Gate("length sweep", outcome, f"tokens per verify step by context: {summary}", (*fallen, *cliffs), figures)
 
 
+def _collapsed(point: SweepPoint, file: Acceptance, original: Acceptance) -> bool:
+    """Worse beyond doubt; where few texts leave a doubt, so far off that it is none."""
+    holds = compare(point.originals, point.files, SWEEP_DROP).holds(SWEEP_DROP)
+    return holds is False or (holds is None and file.length - 1 < HALF * (original.length - 1))
+
+
 def _cliffs(told: Sequence[tuple[SweepPoint, Acceptance, Acceptance]]) -> list[str]:
-    """Falls that are no fault of the conversion, or that nobody can tell from one."""
+    """Falls between neighbouring lengths, and whether the original has them."""
     out = []
-    for (before, long, _), (after, short, _) in pairwise(told):
-        if short.length - 1 < CLIFF * (long.length - 1):
-            whose = "the original has it too" if after.originals else NO_SOURCE
-            out.append(f"a cliff between {before.context} and {after.context} tokens of context; {whose}")
+    for (before, near, near_original), (after, far, far_original) in pairwise(told):
+        if _falls(near, far):
+            whose = "the original has it too" if _falls(near_original, far_original) else "the original has not"
+            told_by = whose if after.originals else NO_SOURCE
+            out.append(f"a cliff between {before.context} and {after.context} tokens of context; {told_by}")
     return out
+
+
+def _falls(near: Acceptance, far: Acceptance) -> bool:
+    return far.length - 1 < CLIFF * (near.length - 1)
 
 
 def does_it_pay(found: Payoff, times: StepTimes, engine: str) -> Gate:

@@ -53,7 +53,9 @@ class VerifyJob:
     @property
     def inputs(self) -> tuple[Path, ...]:
         """Every file and folder that is read; none of them is ever written."""
-        return tuple(path for path in (self.file, *self.targets, self.source, self.prompts) if path is not None)
+        return tuple(
+            path for path in (self.file, *self.targets, self.source, self.prompts, self.server) if path is not None
+        )
 
     @property
     def engines(self) -> tuple[str, ...]:

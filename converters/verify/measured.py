@@ -15,12 +15,14 @@ Watch = Callable[[str, int, int], None]  # phase, done, of how many
 class Agreement:
     """Drafts of two drafters on the same inputs, by draft position: how many were compared, how many were equal.
 
-    `divergence` is the sum of KL(original || file) over them, in nats.
+    `divergence` is the sum of KL(original || file) over them, in nats; `lacking` are drafts that a shorter block of the
+    file does not have, which count as differing.
     """
 
     compared: tuple[int, ...] = ()
     equal: tuple[int, ...] = ()
     divergence: float = 0.0
+    lacking: int = 0
 
     @property
     def top1(self) -> float:
@@ -43,6 +45,7 @@ class Agreement:
             tuple(map(sum, zip(self.compared, other.compared, strict=True))),
             tuple(map(sum, zip(self.equal, other.equal, strict=True))),
             self.divergence + other.divergence,
+            self.lacking + other.lacking,
         )
 
 
@@ -50,7 +53,7 @@ class Agreement:
 class Loss:
     """A prompt whose text with the drafter differs from the target's own, from token `at` of the continuation on.
 
-    `margin` is how far the target's two best logits are apart there, as a share of the best; None where nobody knows.
+    `margin` is how far apart the target's two best tokens are there, in nats; None where nobody knows.
     """
 
     prompt: str

@@ -75,7 +75,7 @@ def _lines(path: Path) -> list[str]:
     with file_access(path, "read"):
         data = path.read_bytes()
     try:
-        return data.decode("utf-8").split("\n")
+        return [line.removesuffix("\r") for line in data.decode("utf-8-sig").split("\n")]
     except UnicodeDecodeError as error:
         raise WrongInput(f"{path}: byte {error.start} is no UTF-8; prompts are text or JSONL") from error
 
@@ -83,7 +83,7 @@ def _lines(path: Path) -> list[str]:
 def _from_json(line: str, where: str) -> Prompt:
     try:
         value = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise WrongInput(f"{where}: no JSON ({error}), expected {FORMS}") from error
     if isinstance(value, str):
         return Prompt(where, text=value)

@@ -18,6 +18,7 @@ from convert_drafter.converters.verify.acceptance import Acceptance, total
 DRAWS = 10_000
 SEED = 20  # the same answers for the same numbers
 TAIL = 2.5  # percent below and above the interval
+CHUNK = 1 << 21  # counts at once: memory stays bounded however many prompts there are
 LEAST = 4  # prompts: fewer cannot show how much prompts differ
 
 
@@ -45,6 +46,8 @@ def compare(original: Sequence[Acceptance], file: Sequence[Acceptance], max_drop
     """The difference over the same prompts, in the same order. Raises `ValueError` where they are not."""
     if len(original) != len(file) or not original:
         raise ValueError("a paired comparison needs both drafters on the same prompts")
+    if any(walk.steps < 1 for walk in (*original, *file)):
+        raise ValueError("a prompt without a verify step compares nothing")
     pairs = np.array(
         [(a.committed, a.steps, b.committed, b.steps) for a, b in zip(original, file, strict=True)], np.float64
     )  # (prompts, 4)
@@ -54,12 +57,19 @@ def compare(original: Sequence[Acceptance], file: Sequence[Acceptance], max_drop
     elif len(pairs) < LEAST:
         low, high = -math.inf, math.inf
     else:
-        draws = np.random.default_rng(SEED).integers(0, len(pairs), (DRAWS, len(pairs)))
-        low, high = np.percentile(_relative(pairs[draws].sum(1)), (TAIL, 100 - TAIL)).tolist()
+        low, high = np.percentile(_relative(_drawn(pairs)), (TAIL, 100 - TAIL)).tolist()
     found = Difference(relative, low, high, len(pairs), None)
     if found.holds(max_drop) is not None:
         return found
     return Difference(relative, low, high, len(pairs), _needed(found, max_drop))
+
+
+def _drawn(pairs: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Sums over prompts drawn with replacement, by how often each was drawn: (prompts, 4) -> (DRAWS, 4)."""
+    random, count = np.random.default_rng(SEED), len(pairs)
+    step = max(1, CHUNK // count)
+    sizes = [min(step, DRAWS - start) for start in range(0, DRAWS, step)]
+    return np.concatenate([random.multinomial(count, np.full(count, 1 / count), size) @ pairs for size in sizes])
 
 
 def _identical(original: Sequence[Acceptance], file: Sequence[Acceptance]) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import chain, cycle, islice
 
+from convert_drafter.converters.errors import WrongUsage
 from convert_drafter.converters.spec import DrafterSpec
 from convert_drafter.converters.verify.prompts import Encoded
 
@@ -31,6 +32,14 @@ def context_lengths(spec: DrafterSpec, room: int) -> tuple[int, ...]:
         if mark >= 1.4 * apart[-1]:  # neighbours tell the same
             apart.append(mark)
     return tuple(apart)
+
+
+def within(lengths: Sequence[int] | None, room: int) -> tuple[int, ...]:
+    """The user's own lengths. Raises `WrongUsage` for one that the target was not made for."""
+    if too_long := [length for length in lengths or () if length + NEW_TOKENS > room]:
+        most = f"at most {room - NEW_TOKENS}: {NEW_TOKENS} tokens follow, and the target has {room} positions"
+        raise WrongUsage(f"--contexts {too_long[0]}: expected {most}")
+    return tuple(lengths or ())
 
 
 def contexts(prompts: Sequence[Encoded], length: int) -> tuple[Encoded, ...]:

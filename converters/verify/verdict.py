@@ -64,6 +64,7 @@ class Verdict:
     gates: tuple[Gate, ...]
     diagnosis: Diagnosis | None = None
     repaired: str | None = None
+    notes: tuple[str, ...] = ()  # said beside the verdict, no part of it
 
     def exit_code(self, strict: bool = False) -> int:
         """0 where every gate holds, 1 where one fails; undecided counts as failed when `strict`."""

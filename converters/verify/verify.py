@@ -9,18 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
-from pathlib import Path
 
 from convert_drafter.converters.convert import refuse_overwriting
 from convert_drafter.converters.doctor import STRUCTURE, doctor
 from convert_drafter.converters.drafter_file import read_drafter_file
-from convert_drafter.converters.errors import MissingEngine, WrongInput, WrongUsage
+from convert_drafter.converters.errors import DrafterError, MissingEngine, WrongInput, WrongUsage
 from convert_drafter.converters.pairing import PAIRING
 from convert_drafter.converters.target import read_target
 from convert_drafter.converters.verify.diagnosis.repair import repair
 from convert_drafter.converters.verify.engine_gate import engine_gate
 from convert_drafter.converters.verify.job import MEASURED, EngineAnswer, VerifyJob
 from convert_drafter.converters.verify.measured import Watch
+from convert_drafter.converters.verify.prompts import read_prompts
 from convert_drafter.converters.verify.verdict import Gate, Outcome, Verdict
 
 Run = Callable[[VerifyJob, Sequence[Gate], Watch], EngineAnswer]
@@ -29,12 +29,20 @@ INSTALL = 'pip install "convert-drafter[verify]"'
 
 def verify(job: VerifyJob, watch: Watch = lambda phase, done, total: None) -> Verdict:
     """Ask every gate in order. Raises `WrongUsage`, `WrongInput` or `MissingEngine`; a fault is in the verdict."""
-    engines = {name: _engine(name) for name in job.engines}  # what is missing is said before anything is measured
+    engines = {name: _engine(name, job) for name in job.engines}  # what is missing is said before anything is measured
     _check(job)
     target = job.folder or job.gguf
     gates = doctor(job.file, target, job.source, job.settings, _reading(job, watch))
+    gates = (*gates[:-1], _paired(job, gates[-1]))
     refused = _refusal(job, gates)
-    answers = {name: _skipped(refused) if refused else run(job, gates, watch) for name, run in engines.items()}
+    answers = dict[str, EngineAnswer]()
+    for name, run in engines.items():
+        try:
+            answers[name] = _skipped(refused) if refused else run(job, gates, watch)
+        except DrafterError as error:
+            if not answers:
+                raise
+            answers[name] = _skipped(str(error))  # what the first engine measured is not lost
     verdict = Verdict(
         file=str(job.file),
         target=" and ".join(map(str, job.targets)),
@@ -56,7 +64,8 @@ def _check(job: VerifyJob) -> None:
     if len(job.targets) > 2 or len({target.is_dir() for target in job.targets}) < len(job.targets):
         raise WrongUsage("--target: give one folder (torch), one GGUF (llama.cpp), or one of each")
     if job.repair is not None:
-        refuse_overwriting(job.repair, [job.file, *job.targets])
+        refuse_overwriting(job.repair, job.inputs)
+    read_prompts(job.prompts)  # what is wrong with them is said before a target is loaded
 
 
 def _reading(job: VerifyJob, watch: Watch) -> Callable[[int], None]:
@@ -71,11 +80,12 @@ def _reading(job: VerifyJob, watch: Watch) -> Callable[[int], None]:
     return on_bytes
 
 
-def _engine(name: str) -> Run:
+def _engine(name: str, job: VerifyJob) -> Run:
     """The engine's run, imported only now: torch takes seconds. Raises `MissingEngine`."""
     if name == "llama.cpp":
-        from convert_drafter.converters.verify.in_llama_cpp.engine import run_llama_cpp
+        from convert_drafter.converters.verify.in_llama_cpp.engine import ready, run_llama_cpp
 
+        ready(job)
         return run_llama_cpp
     missing = [package for package in ("torch", "transformers") if find_spec(package) is None]
     if missing:
@@ -83,6 +93,13 @@ def _engine(name: str) -> Run:
     from convert_drafter.converters.verify.in_torch.engine import run_torch
 
     return run_torch
+
+
+def _paired(job: VerifyJob, gate: Gate) -> Gate:
+    """The pairing with every target: the folder's answer, or the GGUF's where that is the worse one."""
+    if job.folder is None or job.gguf is None or gate.outcome is not Outcome.PASS:
+        return gate
+    return doctor(job.file, job.gguf)[-1]
 
 
 def _refusal(job: VerifyJob, gates: tuple[Gate, ...]) -> str | None:
@@ -119,4 +136,7 @@ def _repaired(job: VerifyJob, verdict: Verdict) -> Verdict:
     found = verdict.diagnosis.found if verdict.diagnosis else None
     if job.repair is None or found is None or not found.facts:
         return verdict
-    return replace(verdict, repaired=str(repair(job.file, found.facts, Path(job.repair))))
+    try:
+        return replace(verdict, repaired=str(repair(job.file, found.facts, job.repair)))
+    except (DrafterError, OSError) as error:  # the verdict stands, whatever comes of the repair
+        return replace(verdict, notes=(f"not repaired: {error}",))

@@ -143,7 +143,8 @@ def walk(drafts: Sequence[Sequence[int]], passage: Passage) -> list[int]:
 def spread_texts(texts: Sequence[Text], most: int) -> list[Text]:
     """A few texts, from the shortest to the longest."""
     ordered = sorted(texts, key=lambda text: len(text.tokens))
-    return [ordered[i * (len(texts) - 1) // max(1, most - 1)] for i in range(min(most, len(texts)))]
+    count = min(most, len(texts))
+    return [ordered[i * (len(texts) - 1) // max(1, count - 1)] for i in range(count)]
 
 
 def _divergence(wanted: Tensor, logits: Tensor) -> tuple[float, int]:

@@ -62,7 +62,9 @@ class Answer:
     @property
     def verify_steps(self) -> int:
         """Forwards after the first token. A target whose cache cannot rewind repeats one after a rejected draft."""
-        return len(self.tokens) - 1 - self.accepted if self.steps is None else len(self.steps)
+        if self.steps is not None:
+            return len(self.steps)
+        return max(1, len(self.tokens) - 1 - self.accepted)  # drafts behind the text's end count as accepted
 
     @property
     def acceptance(self) -> Acceptance:

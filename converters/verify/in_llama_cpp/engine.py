@@ -32,7 +32,7 @@ from convert_drafter.converters.verify.in_llama_cpp.tokens import ServerTokenize
 from convert_drafter.converters.verify.job import MEASURED, EngineAnswer, VerifyJob
 from convert_drafter.converters.verify.measured import Loss, Measured, SweepPoint, Watch
 from convert_drafter.converters.verify.prompts import BUILT_IN, Encoded, PromptSet, encode_prompts, read_prompts
-from convert_drafter.converters.verify.sweep import context_lengths, contexts
+from convert_drafter.converters.verify.sweep import context_lengths, contexts, within
 from convert_drafter.converters.verify.verdict import Gate, Outcome
 
 TIE = 0.05  # nats between the two best tokens: batches of one and of eight tokens are summed in other orders
@@ -63,6 +63,13 @@ class Runs:
     original: EngineRun | None
 
 
+def ready(job: VerifyJob) -> Engine:
+    """The engine, if it can draft so. Raises `MissingEngine`."""
+    engine = find_server(job.server)
+    require_drafting(engine)
+    return engine
+
+
 def run_llama_cpp(job: VerifyJob, before: Sequence[Gate], watch: Watch) -> EngineAnswer:
     """Every measuring gate in llama-server, which cannot diagnose: the gates `before` change nothing here.
 
@@ -70,8 +77,7 @@ def run_llama_cpp(job: VerifyJob, before: Sequence[Gate], watch: Watch) -> Engin
     """
     target = job.gguf
     assert target is not None  # job.engines has seen to it
-    engine = find_server(job.server)
-    require_drafting(engine)
+    engine = ready(job)
     drafter = read_drafter_file(job.file, target=read_target(target))
     if drafter.cell.runtime != "llama.cpp":
         raise MissingEngine(
@@ -88,7 +94,7 @@ def run_llama_cpp(job: VerifyJob, before: Sequence[Gate], watch: Watch) -> Engin
             raise
         return EngineAnswer(_crashed(failure), settings)
     with _original(job, target) as source:
-        original = None if source is None else _drafting_original(job, engine, asked, source, drafter.spec, watch)
+        original = None if source is None else _drafting_original(job, engine, asked, source, watch)
     runs = Runs(alone, file, original)
     measured = _measured(engine, target, asked, runs)
     return EngineAnswer(_gates(job, drafter, asked, runs, measured), settings | {"file": dict(file.settings)}, measured)
@@ -101,7 +107,8 @@ def _asked(job: VerifyJob, engine: Engine, target: Path, spec: DrafterSpec, watc
     with serving(engine, Setup(target, ROUND_CONTEXT, threads=job.threads), watch) as server:
         origin = BUILT_IN if job.prompts is None else str(job.prompts)
         prompts = encode_prompts(read, ServerTokenizer(server), origin, facts.vocab_size, job.template)
-    lengths = job.contexts or context_lengths(spec, facts.context_length or spec.context_length)
+    room = facts.context_length or spec.context_length
+    lengths = within(job.contexts, room) or context_lengths(spec, room)
     return Asked(prompts, tuple(contexts(prompts.prompts, length) for length in lengths))
 
 
@@ -113,11 +120,9 @@ def _drafting(
     return run_prompts(engine, job.gguf, asked.tokens, job.new_tokens, drafter, length, job.threads, watch)
 
 
-def _drafting_original(
-    job: VerifyJob, engine: Engine, asked: Asked, original: Path, spec: DrafterSpec, watch: Watch
-) -> EngineRun:
+def _drafting_original(job: VerifyJob, engine: Engine, asked: Asked, original: Path, watch: Watch) -> EngineRun:
     try:
-        return _drafting(job, engine, asked, original, spec, watch)
+        return _drafting(job, engine, asked, original, read_drafter_file(original).spec, watch)
     except EngineFailure as failure:  # says nothing of the file
         raise WrongInput(f"{job.source}: the original itself does not run there: {failure}") from failure
 
@@ -207,6 +212,8 @@ def same_steps(measured: Measured, types: set[str]) -> Gate:
     figures = {"steps": [a.steps for _, a, _ in pairs], "engine_steps": [b.steps for _, _, b in pairs]}
     if not types <= SAME_TYPES:
         return Gate(name, Outcome.ADVICE, f"{summary}; quantized drafts are judged by the torch engine", (), figures)
+    if original < gates.FEW_STEPS:
+        return Gate(name, Outcome.UNDECIDED, f"{summary}: too few to tell", (), figures)
     same = abs(file - original) <= max(1, STEP_SLACK * original)
     return Gate(name, Outcome.PASS if same else Outcome.FAIL, summary, tuple(differing), figures)
 

@@ -96,7 +96,7 @@ def sweep(bench: Bench, prompts: Sequence[Encoded], lengths: Sequence[int], watc
 
 
 def time_steps(bench: Bench, prompt: Encoded, new_tokens: int, watch: Watch) -> StepTimes:
-    """Medians over the steps of one text, decoded plainly and with a few draft lengths."""
+    """Medians over the steps of one text, which has to have some, decoded plainly and with a few draft lengths."""
     lengths = lengths_to_time(bench.file.variant.spec.block_size - 1)
     plain = speculative_loop(bench.target, None, prompt.tokens, new_tokens, 0)
     draft, verify = dict[int, float](), dict[int, float]()

@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 import transformers
 from transformers import AutoTokenizer
 
+from convert_drafter.converters.against_source import recorded_settings
 from convert_drafter.converters.convert import read_published
 from convert_drafter.converters.doctor import STRUCTURE
 from convert_drafter.converters.drafter_file import DrafterFile, read_drafter_file
@@ -23,18 +25,19 @@ from convert_drafter.converters.verify.diagnosis.diagnose import diagnose
 from convert_drafter.converters.verify.in_torch.bench import Bench, measure, sweep, time_steps
 from convert_drafter.converters.verify.in_torch.drafting import Drafting, Variant, variant
 from convert_drafter.converters.verify.in_torch.same_drafts import quantization_errors, twin
-from convert_drafter.converters.verify.in_torch.target import TorchTarget
+from convert_drafter.converters.verify.in_torch.target import TorchTarget, first_line
 from convert_drafter.converters.verify.in_torch.weights import checkpoint_weights, file_weights
 from convert_drafter.converters.verify.job import EngineAnswer, VerifyJob
 from convert_drafter.converters.verify.measured import Measured, Watch
 from convert_drafter.converters.verify.pay import payoff
 from convert_drafter.converters.verify.prompts import BUILT_IN, Messages, PromptSet, encode_prompts, read_prompts
-from convert_drafter.converters.verify.sweep import context_lengths
+from convert_drafter.converters.verify.sweep import context_lengths, within
 from convert_drafter.converters.verify.verdict import Diagnosis, Gate, Outcome
 
-# Two best logits this close, as a share of the best, are a tie: about the digits that the type's sums keep.
-TIES = {"float32": 1e-5, "bfloat16": 0.02, "float16": 0.003}
+# Two best tokens this close are a tie, in nats: a few times what the type's digits leave of logits around 30.
+TIES = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.05}
 SMALL = 2**27  # parameters
+TIMED_TOKENS = 64
 
 
 class HubTokenizer:
@@ -44,25 +47,27 @@ class HubTokenizer:
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
-            raise WrongInput(f"{folder}: its tokenizer cannot be read: {_first_line(error)}") from error
+            raise WrongInput(f"{folder}: its tokenizer cannot be read: {first_line(error)}") from error
 
     def encode(self, text: str) -> list[int]:
-        tokens: list[int] = self._tokenizer(text)["input_ids"]
+        try:
+            tokens: list[int] = self._tokenizer(text)["input_ids"]
+        except (TypeError, ValueError) as error:  # half of a surrogate pair is no text
+            raise WrongInput(f"the text {text[:40]!r}: its tokenizer refuses it: {first_line(error)}") from error
         return tokens
 
     def has_chat_template(self) -> bool:
         return bool(self._tokenizer.chat_template)
 
     def encode_chat(self, messages: Messages, options: Mapping[str, Any]) -> list[int]:
-        text = self._tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=True, **options
-        )
+        words = {**options, "tokenize": False, "add_generation_prompt": True}
+        try:
+            text = self._tokenizer.apply_chat_template([dict(message) for message in messages], **words)
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            said = f"the target's chat template refuses {messages[0]['content'][:40]!r}"
+            raise WrongInput(f"{self._tokenizer.name_or_path}: {said}: {first_line(error)}") from error
         tokens: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return tokens
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def run_torch(job: VerifyJob, before: Sequence[Gate], watch: Watch) -> EngineAnswer:
@@ -80,7 +85,7 @@ def run_torch(job: VerifyJob, before: Sequence[Gate], watch: Watch) -> EngineAns
         drafter = read_drafter_file(job.file, target=read_target(folder))
         file = variant(job.file.name, drafter.spec, file_weights(drafter))
         watch("loading", 2, 3)
-        original = _variant_of_source(job)
+        original = _variant_of_source(job, drafter)
         bench = _bench(target, file, original, _allowed(drafter, before))
         watch("loading", 3, 3)
         measured = measure(bench, prompts.prompts, job.new_tokens, watch)
@@ -92,7 +97,7 @@ def run_torch(job: VerifyJob, before: Sequence[Gate], watch: Watch) -> EngineAns
 
 def _gates(job: VerifyJob, bench: Bench, prompts: PromptSet, measured: Measured, watch: Watch) -> list[Gate]:
     spec = bench.file.variant.spec
-    lengths = job.contexts or context_lengths(spec, bench.target.context_length)
+    lengths = within(job.contexts, bench.target.context_length) or context_lengths(spec, bench.target.context_length)
     points = sweep(bench, prompts.prompts, lengths, watch)
     found = [
         gates.lossless(measured, TIES[job.dtype]),
@@ -100,8 +105,9 @@ def _gates(job: VerifyJob, bench: Bench, prompts: PromptSet, measured: Measured,
         gates.acceptance(measured, job.max_drop, job.least_length),
         gates.length_sweep(points, spec),
     ]
-    if measured.files:
-        times = time_steps(bench, prompts.prompts[0], min(job.new_tokens, 64), watch)
+    timed = next((prompt for prompt in prompts.prompts if prompt.name in measured.prompts), None)
+    if timed is not None:
+        times = time_steps(bench, timed, min(job.new_tokens, TIMED_TOKENS), watch)
         found.append(gates.does_it_pay(payoff(total(measured.files), times), times, "torch on this machine"))
     return found
 
@@ -117,10 +123,13 @@ def _prompts(job: VerifyJob, folder: Path, target: TorchTarget) -> PromptSet:
     return encode_prompts(prompts, HubTokenizer(folder), origin, target.vocab_size, job.template)
 
 
-def _variant_of_source(job: VerifyJob) -> Variant | None:
+def _variant_of_source(job: VerifyJob, drafter: DrafterFile) -> Variant | None:
     if job.source is None:
         return None
-    published = read_published(job.source, job.folder, job.settings)
+    try:
+        published = read_published(job.source, job.folder, job.settings)
+    except WrongInput:  # what the file's own conversion needed to be told
+        published = read_published(job.source, job.folder, {**recorded_settings(drafter.file), **job.settings})
     return variant(job.source.name, published.spec, checkpoint_weights(published))
 
 

@@ -23,7 +23,7 @@ SEED = 7
 
 def compare(original: Reading, other: Reading) -> Agreement:
     """Both drafters from the anchors of the original's steps. Drafts that a shorter block lacks count as differing."""
-    compared, equal, divergence = [0] * original.size, [0] * original.size, 0.0
+    compared, equal, divergence, lacking = [0] * original.size, [0] * original.size, 0.0, 0
     for position, _, _ in original.steps():
         a, b = original.logits(position), other.logits(position)
         shared = min(len(a), len(b))
@@ -32,7 +32,8 @@ def compare(original: Reading, other: Reading) -> Agreement:
             compared[i] += 1
             equal[i] += i < shared and same[i]
         divergence += _divergence(a[:shared], b[:shared])
-    return Agreement(tuple(compared), tuple(equal), divergence)
+        lacking += len(a) - shared
+    return Agreement(tuple(compared), tuple(equal), divergence, lacking)
 
 
 def _divergence(a: Tensor, b: Tensor) -> float:

@@ -106,9 +106,9 @@ class TorchTarget:
         return tokens, text.captured(0, text.length)
 
     def margin(self, tokens: Sequence[int]) -> float:
-        """How far apart the two best logits after these tokens are, as a share of the best: near 0 it is a tie."""
+        """How far apart the two best tokens after these are, in nats: near 0 it is a tie."""
         best, second = self._new_text(()).prefill(self._checked(tokens)).topk(2).values.tolist()
-        return float((best - second) / max(abs(best), 1e-9))
+        return float(best - second)
 
     def _new_text(self, captures: Sequence[int]) -> TargetText:
         return TargetText(self.model, self.layers, captures)

@@ -175,6 +175,8 @@ class TargetText:
         with quiet():
             out = self._model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=rows)
         logits: Tensor = out.logits[0, -rows:].float()
+        if bool(logits.isnan().any()):
+            raise WrongInput("the target computes NaN: a weight is no number, or its states are beyond the dtype")
         return logits
 
 

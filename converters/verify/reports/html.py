@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from convert_drafter.converters.errors import MissingEngine, plain
+from convert_drafter.converters.errors import MissingEngine, WrongUsage, plain
 from convert_drafter.converters.verify.reports import answer, report
 from convert_drafter.converters.verify.reports.answer import UNIT, figures, number, part, percent, series, shown
 from convert_drafter.converters.verify.verdict import Verdict
@@ -33,7 +33,7 @@ ORDERS: tuple[tuple[str, str, Callable[[Tensor], Any]], ...] = (
 
 def page(verdict: Verdict) -> str:
     """The page as text. Raises `MissingEngine` where jinja2 or matplotlib is not installed."""
-    check_installed()
+    check(Path("page.html"))
     jinja2 = _needed("jinja2")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
@@ -47,8 +47,12 @@ def page(verdict: Verdict) -> str:
     return rendered.strip() + "\n"
 
 
-def check_installed() -> None:
-    """Raise `MissingEngine` where `page` could not be made, without making it."""
+def check(place: Path | None) -> None:
+    """Raise where a page for this place could not be made, without making it: `MissingEngine`, `WrongUsage` for `-`."""
+    if place is None:
+        return
+    if str(place) == "-":
+        raise WrongUsage("--html -: expected a file name; --json - prints the verdict for programs")
     for name in ("jinja2", "matplotlib"):
         _needed(name)
 

@@ -33,7 +33,11 @@ MARKS = {
     Outcome.SKIPPED: ("-", "dim"),
     Outcome.ADVICE: ("i", "cyan"),
 }
-EXPLAINED = (Outcome.FAIL, Outcome.UNDECIDED)  # their details are shown; the others' are in JSON and on the page
+EXPLAINED = (
+    Outcome.FAIL,
+    Outcome.UNDECIDED,
+    Outcome.ADVICE,
+)  # their details are shown; the others' are in JSON and on the page
 MOST, TRIED = 12, 5  # details of one gate and explanations shown
 GLUE = "\u2800"  # a blank that is no space: rich breaks lines at every space
 # what a terminal without Unicode gets in place of a character
@@ -283,4 +287,7 @@ def _differ(place: Path, taken: Path) -> None:
 
 
 def _same(path: Path, other: Path) -> bool:
-    return path.exists() and other.exists() and path.samefile(other)
+    """Is it this file, or one in this folder?"""
+    if not (path.exists() and other.exists()):
+        return False
+    return path.samefile(other) or (other.is_dir() and path.resolve().is_relative_to(other.resolve()))
