@@ -26,6 +26,9 @@ from convert_drafter.converters.redialect import (
     write_redialection,
 )
 from convert_drafter.converters.type_choice import TypeOptions
+from convert_drafter.converters.verdict import Verdict
+from convert_drafter.converters.verify.job import VerifyJob
+from convert_drafter.converters.verify.verify import verify
 
 __all__ = [
     "Conversion",
@@ -42,6 +45,8 @@ __all__ = [
     "Redialection",
     "Report",
     "TypeOptions",
+    "Verdict",
+    "VerifyJob",
     "WrongInput",
     "WrongUsage",
     "convert",
@@ -52,6 +57,7 @@ __all__ = [
     "prepare_redialect",
     "quantize",
     "redialect",
+    "verify",
     "write_conversion",
     "write_quantization",
     "write_redialection",

@@ -45,10 +45,10 @@ from convert_drafter.converters.provenance import tool_version
 from convert_drafter.converters.quantize import QuantizeJob, prepare_quantize, write_quantization
 from convert_drafter.converters.recipes import RECIPES
 from convert_drafter.converters.redialect import RedialectJob, prepare_redialect, write_redialection
+from convert_drafter.converters.verdict import Outcome, Verdict
 from convert_drafter.converters.verify.job import VerifyJob
 from convert_drafter.converters.verify.measured import Watch
 from convert_drafter.converters.verify.reports import html, report
-from convert_drafter.converters.verify.verdict import Outcome, Verdict
 from convert_drafter.converters.verify.verify import verify
 
 errors = Console(stderr=True, highlight=False, soft_wrap=True)

@@ -22,7 +22,7 @@ from convert_drafter.converters.structure import Finding, Survey, survey
 from convert_drafter.converters.target import read_target
 from convert_drafter.converters.tensor_errors import Comparison, Health, OnBytes, health
 from convert_drafter.converters.tokenizer_faults import tokenizer_faults
-from convert_drafter.converters.verify.verdict import Gate, Outcome
+from convert_drafter.converters.verdict import Gate, Outcome
 
 STRUCTURE = "structure"
 MAGIC = b"GGUF"

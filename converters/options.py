@@ -12,11 +12,10 @@ import click
 
 from convert_drafter.converters.dialects import RUNTIMES
 from convert_drafter.converters.type_choice import TypeOptions
-from convert_drafter.converters.verify.job import ENGINES, VerifyJob
+from convert_drafter.converters.verify.job import DTYPES, ENGINES, VerifyJob
 
 INPUT = click.Path(path_type=Path)
 TYPE_WISHES = ("tensor_types", "pure", "output_type", "embedding_type", "no_fallback")
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def settings_option(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -26,7 +26,7 @@ from convert_drafter.converters.spec import DrafterSpec
 from convert_drafter.converters.structure import ARCHITECTURE_NOTED, Survey, key_of
 from convert_drafter.converters.target import Target, read_target, target_tokenizer
 from convert_drafter.converters.tokenizer import TOKEN_TYPE, TOKENS, Tokenizer, vocabulary_hash
-from convert_drafter.converters.verify.verdict import Gate, Outcome
+from convert_drafter.converters.verdict import Gate, Outcome
 
 PAIRING = "pairing"
 NOTED = "drafter.target."

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from convert_drafter.converters.verify.verdict import Gate, Outcome
+from convert_drafter.converters.verdict import Gate, Outcome
 
 WIDTH, MOST = 80, 24  # columns of a line, details shown of one gate
 MARKS = {

@@ -368,7 +368,7 @@ METADATA = (
     Fault(
         "capture layers one lower", ("T-51", "P-31"), STRUCTURE, keys(ids(0, 2, 4)), "capture_layers", measured=False
     ),
-    Fault("capture layers one higher", ("T-51",), STRUCTURE, keys(ids(2, 4, 6)), "capture_layers"),
+    Fault("capture layers one higher", ("T-51",), STRUCTURE, keys(ids(2, 4, 6)), "capture_layers", measured=False),
     Fault("capture layers reversed", ("T-51",), STRUCTURE, keys(ids(5, 3, 1)), "capture_layers"),
     Fault("capture layers of another drafter", ("T-52", "T-61"), STRUCTURE, keys(ids(2, 4, 5)), "capture_layers"),
     Fault("window lost", ("T-55", "P-27"), STRUCTURE, keys({WINDOW: DELETE, PATTERN: DELETE}), "window"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from convert_drafter.converters.verify.verdict import Cause, Diagnosis, Gate, Outcome, Verdict
+from convert_drafter.converters.verdict import Cause, Diagnosis, Gate, Outcome, Verdict
 
 PASS, FAIL, UNDECIDED, SKIPPED, ADVICE = Outcome
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "convert_drafter."
 FLOORS = {
     0: ["quant"],
-    1: ["errors", "roles", "spec"],
+    1: ["errors", "roles", "spec", "verdict"],
     2: [
         *("config", "checkpoint", "gguf_file", "gguf_read", "pre_tokenizers", "tokenizer", "target"),
         *("importance", "encoding"),

@@ -35,9 +35,9 @@ from convert_drafter.converters.verify.diagnosis.weight_explanations import (
 from convert_drafter.quant import TYPES, dequantize
 
 if TYPE_CHECKING:
+    from convert_drafter.converters.verdict import Diagnosis
     from convert_drafter.converters.verify.in_torch.drafting import Variant
     from convert_drafter.converters.verify.in_torch.target import TorchTarget
-    from convert_drafter.converters.verify.verdict import Diagnosis
 
 ROOT = Path(__file__).parent.parent
 BY_NAME = {fault.name: fault for fault in (*METADATA, *WEIGHTS)}

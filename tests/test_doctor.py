@@ -16,7 +16,7 @@ from convert_drafter.converters import ConvertJob, RedialectJob, WrongInput, Wro
 from convert_drafter.converters.cli import main
 from convert_drafter.converters.doctor import doctor
 from convert_drafter.converters.gguf_read import read_gguf
-from convert_drafter.converters.verify.verdict import Gate, Outcome
+from convert_drafter.converters.verdict import Gate, Outcome
 
 RECIPES = (
     "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_M-drafter", "IQ4_XS", "Q3_K_M", "Q2_K", "MXFP4_MOE",

@@ -21,7 +21,7 @@ from test_tensor_errors import write_importance
 
 from convert_drafter.converters import ConvertJob, convert
 from convert_drafter.converters.doctor import doctor
-from convert_drafter.converters.verify.verdict import Outcome
+from convert_drafter.converters.verdict import Outcome
 
 pytestmark = pytest.mark.engine
 

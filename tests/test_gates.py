@@ -9,11 +9,11 @@ from published import PAIR
 
 from convert_drafter.converters.convert import read_published
 from convert_drafter.converters.spec import DrafterSpec
+from convert_drafter.converters.verdict import Outcome
 from convert_drafter.converters.verify import gates
 from convert_drafter.converters.verify.acceptance import Acceptance
 from convert_drafter.converters.verify.measured import Agreement, Loss, Measured, SweepPoint
 from convert_drafter.converters.verify.pay import StepTimes, payoff
-from convert_drafter.converters.verify.verdict import Outcome
 
 GOOD = Acceptance(40, 136, (40, 40, 40), (36, 32, 28))
 BAD = Acceptance(40, 44, (40, 40, 40), (4, 0, 0))
@@ -125,3 +125,36 @@ def test_what_does_not_pay_is_said() -> None:
     assert good.outcome is Outcome.ADVICE and good.summary.startswith("draft 3: 2.4")
     slow = StepTimes(10, {1: 90, 3: 90}, {1: 10, 3: 10})
     assert gates.does_it_pay(payoff(GOOD, slow), slow, "torch").summary.startswith("no draft length pays")
+
+
+@pytest.mark.parametrize("texts", [1, 2, 3, 4])
+def test_a_collapse_needs_no_more_than_one_text(spec: DrafterSpec, texts: int) -> None:
+    """T-55: few texts leave a doubt of a small loss, not of a collapse."""
+    gate = gates.length_sweep([SweepPoint(400, (BAD,) * texts, (GOOD,) * texts)], spec)
+    assert gate.outcome is Outcome.FAIL
+    worse = replace(GOOD, steps=44)
+    doubtful = gates.length_sweep([SweepPoint(400, (worse,) * texts, (GOOD,) * texts)], spec)
+    assert doubtful.outcome is Outcome.PASS
+
+
+def test_a_cliff_is_the_original_s_only_where_it_falls_too(spec: DrafterSpec) -> None:
+    """A1-30"""
+    file, original = Acceptance(40, 76, (40,) * 3, (20, 9, 7)), Acceptance(40, 100, (40,) * 3, (30, 20, 10))
+    gate = gates.length_sweep([SweepPoint(24, (GOOD,), (GOOD,)), SweepPoint(400, (file,), (original,))], spec)
+    assert gate.details == ("a cliff between 24 and 400 tokens of context; the original has not",)
+
+
+def test_too_little_drafting_decides_nothing() -> None:
+    """One new token a prompt: nothing can be accepted, and nothing that equals it is as good."""
+    nothing = Acceptance(1, 1, (1, 0, 0), (0, 0, 0))
+    gate = gates.acceptance(measured(nothing, nothing), 0.05, None)
+    assert gate.outcome is Outcome.UNDECIDED and "too few to tell" in gate.details[0]
+    silent = Acceptance(40, 40, (), ())
+    assert gates.acceptance(measured(silent, None), 0.05, None).details == ("nothing was drafted at all",)
+    assert gates.lossless(Measured(), 1e-3).outcome is Outcome.SKIPPED
+
+
+def test_a_shorter_block_drafts_less() -> None:
+    found = measured(agreement=Agreement((10, 10), (10, 0), 0.0, 10), expected=Agreement((10, 10), (10, 10)))
+    gate = gates.same_drafts(found)
+    assert gate.outcome is Outcome.FAIL and "10 drafts of the original are not there" in gate.details[-1]

@@ -16,7 +16,7 @@ from target_gguf import write_target
 from convert_drafter.converters import ConvertJob, WrongInput, convert
 from convert_drafter.converters.doctor import doctor
 from convert_drafter.converters.gguf_read import read_gguf
-from convert_drafter.converters.verify.verdict import Gate, Outcome
+from convert_drafter.converters.verdict import Gate, Outcome
 
 Edit = Callable[[Draft], Any]
 RUNTIMES = ("llama.cpp", "ik_llama.cpp", "lucebox")

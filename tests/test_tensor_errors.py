@@ -19,7 +19,7 @@ from convert_drafter.converters.doctor import doctor
 from convert_drafter.converters.gguf_file import KeyValue, StoredTensor, write_gguf
 from convert_drafter.converters.gguf_read import read_gguf
 from convert_drafter.converters.tensor_errors import GROUP_LIMIT, TENSOR_LIMIT
-from convert_drafter.converters.verify.verdict import Gate, Outcome
+from convert_drafter.converters.verdict import Gate, Outcome
 from convert_drafter.quant import TYPES, dequantize, quantize
 
 Edit = Callable[[Draft], Any]

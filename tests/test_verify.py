@@ -13,15 +13,16 @@ from pathlib import Path
 import pytest
 from published import PAIR
 
-from convert_drafter.converters import ConvertJob, convert
+from convert_drafter.converters import ConvertJob, convert, doctor
+from convert_drafter.converters.cli import main
 from convert_drafter.converters.errors import MissingEngine, WrongInput, WrongUsage
-from convert_drafter.converters.verify import verify as verify_module
+from convert_drafter.converters.verdict import Cause, Diagnosis, Gate, Outcome, Verdict
 from convert_drafter.converters.verify.acceptance import Acceptance
 from convert_drafter.converters.verify.engine_gate import engine_gate
 from convert_drafter.converters.verify.job import MEASURED, EngineAnswer, VerifyJob
 from convert_drafter.converters.verify.measured import Measured, Watch
-from convert_drafter.converters.verify.verdict import Gate, Outcome, Verdict
 
+verify_module = sys.modules["convert_drafter.converters.verify.verify"]
 TARGET = PAIR / "target"
 
 
@@ -174,3 +175,61 @@ def test_an_engine_s_own_fault_is_the_gate_s() -> None:
     gate = engine_gate(answered(prompts=("a",), texts=TEXTS[:1], files=walks(30)), crashed)
     assert gate.outcome is Outcome.FAIL and gate.details == ("GGML_ASSERT",)
     assert engine_gate(answered(), answered(Gate("lossless", Outcome.SKIPPED, "no"))).outcome is Outcome.SKIPPED
+
+
+# --- what is never written, and what is no number ---
+
+
+@pytest.mark.parametrize("place", ["target/config.json", "drafter/model.safetensors"])
+@pytest.mark.parametrize("option", ["--json", "--html", "--repair"])
+def test_nothing_is_written_over_a_file_of_an_input(
+    drafter: Path, tmp_path: Path, option: str, place: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """T-24: sources are never modified, nor are the files in a source's folder."""
+    shutil.copytree(PAIR, tmp_path / "pair")
+    path = tmp_path / "pair" / place
+    before = path.read_bytes()
+    inputs = ("--target", str(tmp_path / "pair" / "target"), "--source", str(tmp_path / "pair" / "drafter"))
+    with pytest.raises(SystemExit) as exit_:
+        main(["verify", str(drafter), *inputs, option, str(path)])
+    assert exit_.value.code in (2, 3) and path.read_bytes() == before
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--max-drop", "nan"),
+        ("--min-acceptance-length", "nan"),
+        ("--max-drop", "2"),
+        ("--max-prompts", "0"),
+        ("--new-tokens", "2"),
+        ("--contexts", "0"),
+        ("--contexts", "1,x"),
+        ("--template", "novalue"),
+        ("--html", "-"),
+    ],
+)
+def test_an_option_that_is_no_value_is_wrong_usage(drafter: Path, words: tuple[str, str]) -> None:
+    """T-3"""
+    with pytest.raises(SystemExit) as exit_:
+        main(["verify", str(drafter), "--target", str(TARGET), *words])
+    assert exit_.value.code == 2
+
+
+def test_a_failed_repair_leaves_the_verdict(drafter: Path, tmp_path: Path) -> None:
+    cause = Cause("capture layers all one lower", 3.0, facts={"capture_layers": (-1, 1, 3)})
+    verdict = Verdict("f", "t", None, "torch", {}, (), Diagnosis(1.2, 3.4, cause, (cause,)))
+    found = verify_module._repaired(VerifyJob(drafter, (TARGET,), repair=tmp_path / "out.gguf"), verdict)
+    assert found.diagnosis == verdict.diagnosis and found.repaired is None
+    assert found.notes[0].startswith("not repaired: ") and not list(tmp_path.iterdir())
+
+
+def test_what_the_user_overruled_is_a_doubt(tmp_path: Path) -> None:
+    """A file made with --set against what the checkpoint says is right only if that was meant."""
+    out = tmp_path / "set.gguf"
+    settings = {"rope_parameters.rope_theta": "10000"}
+    convert(ConvertJob(PAIR / "drafter", TARGET, "llama.cpp", "Q8_0", out, settings=settings))
+    structure, _ = doctor(out, TARGET, PAIR / "drafter")
+    assert structure.outcome is Outcome.UNDECIDED
+    assert structure.details[0].startswith("rope.theta: the checkpoint says 10000000.0, the file 10000.0")

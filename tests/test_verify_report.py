@@ -32,8 +32,8 @@ from sample_verdicts import (
 )
 
 from convert_drafter.converters.errors import WrongInput
+from convert_drafter.converters.verdict import Outcome, Verdict
 from convert_drafter.converters.verify.reports import answer, report
-from convert_drafter.converters.verify.verdict import Outcome, Verdict
 
 SCHEMA = Path(report.__file__).with_name("verdict.schema.json")
 ROOT = Path(__file__).parent.parent
@@ -366,7 +366,7 @@ import sys
 sys.modules.update(dict.fromkeys("{HEAVY}".split()))
 from convert_drafter.converters.verify.reports import report
 from convert_drafter.converters.verify.reports import html
-from convert_drafter.converters.verify.verdict import Verdict
+from convert_drafter.converters.verdict import Verdict
 verdict = Verdict("a.gguf", "b", None, "torch", {{}}, ())
 report.text(verdict), report.as_json(verdict)
 """
@@ -381,7 +381,7 @@ import sys
 sys.modules["{missing}"] = None
 from convert_drafter.converters.errors import MissingEngine
 from convert_drafter.converters.verify.reports import html
-from convert_drafter.converters.verify.verdict import Verdict
+from convert_drafter.converters.verdict import Verdict
 try:
     html.page(Verdict("a.gguf", "b", None, "torch", {{}}, ()))
 except MissingEngine as error:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from convert_drafter.converters.verdict import Gate, Outcome
 from convert_drafter.converters.verify.acceptance import total
-from convert_drafter.converters.verify.job import EngineAnswer
-from convert_drafter.converters.verify.verdict import Gate, Outcome
+from convert_drafter.converters.verify.job import STEP_SLACK, EngineAnswer
 
 NAME = "llama.cpp"
-STEP_SLACK = 0.02  # of the verify steps: one rounding tie moves a few (fixture: 601 against 602)
 
 
 def engine_gate(torch: EngineAnswer, llama: EngineAnswer) -> Gate:

@@ -7,11 +7,11 @@ from itertools import pairwise
 from typing import Any
 
 from convert_drafter.converters.spec import DrafterSpec
+from convert_drafter.converters.verdict import Gate, Outcome
 from convert_drafter.converters.verify.acceptance import Acceptance, total
 from convert_drafter.converters.verify.measured import Measured, SweepPoint
 from convert_drafter.converters.verify.pay import Payoff, StepTimes
 from convert_drafter.converters.verify.statistics import Difference, compare
-from convert_drafter.converters.verify.verdict import Gate, Outcome
 
 NO_SOURCE = "no original to compare with: give --source, the checkpoint it was made from"
 # A file may be this much further from the original than noise of its own quantization errors is: on the fixture

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from convert_drafter.converters.errors import WrongUsage
+from convert_drafter.converters.verdict import Diagnosis, Gate
 from convert_drafter.converters.verify.measured import Measured
-from convert_drafter.converters.verify.verdict import Diagnosis, Gate
 
 ENGINES = ("torch", "llama.cpp")
+DTYPES = ("float32", "bfloat16", "float16")
+INSTALL = 'pip install "convert-drafter[verify]"'
+STEP_SLACK = 0.02  # of the verify steps: one rounding tie moves a few (fixture: 601 against 602)
 MEASURED = ("lossless", "same drafts", "acceptance", "length sweep", "does it pay")
 
 

@@ -16,15 +16,14 @@ from convert_drafter.converters.drafter_file import read_drafter_file
 from convert_drafter.converters.errors import DrafterError, MissingEngine, WrongInput, WrongUsage
 from convert_drafter.converters.pairing import PAIRING
 from convert_drafter.converters.target import read_target
+from convert_drafter.converters.verdict import Gate, Outcome, Verdict
 from convert_drafter.converters.verify.diagnosis.repair import repair
 from convert_drafter.converters.verify.engine_gate import engine_gate
-from convert_drafter.converters.verify.job import MEASURED, EngineAnswer, VerifyJob
+from convert_drafter.converters.verify.job import INSTALL, MEASURED, EngineAnswer, VerifyJob
 from convert_drafter.converters.verify.measured import Watch
 from convert_drafter.converters.verify.prompts import read_prompts
-from convert_drafter.converters.verify.verdict import Gate, Outcome, Verdict
 
 Run = Callable[[VerifyJob, Sequence[Gate], Watch], EngineAnswer]
-INSTALL = 'pip install "convert-drafter[verify]"'
 
 
 def verify(job: VerifyJob, watch: Watch = lambda phase, done, total: None) -> Verdict:

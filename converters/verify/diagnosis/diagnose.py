@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
+from convert_drafter.converters.verdict import Cause, Diagnosis
 from convert_drafter.converters.verify.diagnosis.explanations import explanations, layers_needed
 from convert_drafter.converters.verify.diagnosis.trials import Measurement, Score, Trials
 from convert_drafter.converters.verify.diagnosis.view import Explanation, Hints, View, changes
@@ -19,13 +20,13 @@ from convert_drafter.converters.verify.diagnosis.weight_explanations import (
     largest_error,
     source_weights,
 )
+from convert_drafter.converters.verify.gates import ROUNDING_KL
 from convert_drafter.converters.verify.in_torch.drafting import Variant
 from convert_drafter.converters.verify.in_torch.target import TorchTarget
 from convert_drafter.converters.verify.in_torch.texts import write_texts
 from convert_drafter.converters.verify.measured import Watch
 from convert_drafter.converters.verify.prompts import Encoded
 from convert_drafter.converters.verify.statistics import compare
-from convert_drafter.converters.verify.verdict import Cause, Diagnosis
 
 SPECIALS = ("mask", "pad", "eos", "bos")  # tokens a drafter's mask may have been taken for
 TEXTS = 8  # their states are kept
@@ -35,7 +36,6 @@ CLOSE_LENGTH = 0.2
 FEW = 6  # tensors that can be damage; more of them are quantization
 RESTORED = 0.1  # of the divergence may be left
 FLOOR = 1.2  # times what the file's quantization alone diverges
-ROUNDING_KL = 1e-6
 TIE = 0.5  # further than the best by this share is as good: the likelier explanation wins
 SOUND = 0.25  # relative error up to which every tensor can be quantization, and none a fault
 BETTER = 0.95  # of the divergence left: better, though not well

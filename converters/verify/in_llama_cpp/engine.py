@@ -14,6 +14,7 @@ from convert_drafter.converters.drafter_file import DrafterFile, read_drafter_fi
 from convert_drafter.converters.errors import MissingEngine, WrongInput
 from convert_drafter.converters.spec import DrafterSpec
 from convert_drafter.converters.target import read_target
+from convert_drafter.converters.verdict import Gate, Outcome
 from convert_drafter.converters.verify import gates
 from convert_drafter.converters.verify.acceptance import total
 from convert_drafter.converters.verify.in_llama_cpp.answers import (
@@ -29,14 +30,12 @@ from convert_drafter.converters.verify.in_llama_cpp.probe import Engine, find_se
 from convert_drafter.converters.verify.in_llama_cpp.process import EngineFailure
 from convert_drafter.converters.verify.in_llama_cpp.serving import Setup, require_drafting, serving
 from convert_drafter.converters.verify.in_llama_cpp.tokens import ServerTokenizer, logit_gap
-from convert_drafter.converters.verify.job import MEASURED, EngineAnswer, VerifyJob
+from convert_drafter.converters.verify.job import MEASURED, STEP_SLACK, EngineAnswer, VerifyJob
 from convert_drafter.converters.verify.measured import Loss, Measured, SweepPoint, Watch
 from convert_drafter.converters.verify.prompts import BUILT_IN, Encoded, PromptSet, encode_prompts, read_prompts
 from convert_drafter.converters.verify.sweep import context_lengths, contexts, within
-from convert_drafter.converters.verify.verdict import Gate, Outcome
 
 TIE = 0.05  # nats between the two best tokens: batches of one and of eight tokens are summed in other orders
-STEP_SLACK = 0.02  # of the verify steps: one rounding tie moves a few
 SAME_TYPES = {"F32", "F16", "BF16"}  # with these a file drafts what its checkpoint does
 
 
@@ -248,6 +247,3 @@ def _settings(job: VerifyJob, asked: Asked, alone: EngineRun) -> dict[str, Any]:
         "left_out": list(prompts.left_out),
         "target_alone": dict(alone.settings),
     }
-
-
-__all__ = ["run_llama_cpp", "same_steps"]

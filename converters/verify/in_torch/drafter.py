@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from convert_drafter.converters.errors import MissingEngine, Problems
+from convert_drafter.converters.verify.job import INSTALL
 
 try:
     import torch
@@ -12,9 +13,7 @@ try:
     from convert_drafter.converters.verify.in_torch.reference.dflash import Context, DFlash, draft
     from convert_drafter.converters.verify.in_torch.target import TorchTarget
 except ImportError as error:
-    raise MissingEngine(
-        f'{error.name}: not installed, and the torch engine needs it: pip install "convert-drafter[verify]"'
-    ) from error
+    raise MissingEngine(f"{error.name}: not installed, and the torch engine needs it: {INSTALL}") from error
 
 CHUNK = 512  # positions fused at once
 

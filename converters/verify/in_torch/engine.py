@@ -16,9 +16,10 @@ from convert_drafter.converters.against_source import recorded_settings
 from convert_drafter.converters.convert import read_published
 from convert_drafter.converters.doctor import STRUCTURE
 from convert_drafter.converters.drafter_file import DrafterFile, read_drafter_file
-from convert_drafter.converters.errors import WrongInput
+from convert_drafter.converters.errors import MissingEngine, WrongInput
 from convert_drafter.converters.roles import TensorKey
 from convert_drafter.converters.target import read_target
+from convert_drafter.converters.verdict import Diagnosis, Gate, Outcome
 from convert_drafter.converters.verify import gates
 from convert_drafter.converters.verify.acceptance import total
 from convert_drafter.converters.verify.diagnosis.diagnose import diagnose
@@ -32,7 +33,6 @@ from convert_drafter.converters.verify.measured import Measured, Watch
 from convert_drafter.converters.verify.pay import payoff
 from convert_drafter.converters.verify.prompts import BUILT_IN, Messages, PromptSet, encode_prompts, read_prompts
 from convert_drafter.converters.verify.sweep import context_lengths, within
-from convert_drafter.converters.verify.verdict import Diagnosis, Gate, Outcome
 
 # Two best tokens this close are a tie, in nats: a few times what the type's digits leave of logits around 30.
 TIES = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.05}
@@ -75,8 +75,17 @@ def run_torch(job: VerifyJob, before: Sequence[Gate], watch: Watch) -> EngineAns
 
     Raises `WrongInput` for a target, source or prompts that cannot be read.
     """
-    folder = job.folder
-    assert folder is not None  # job.engines has seen to it
+    assert job.folder is not None  # job.engines has seen to it
+    try:
+        return _run(job, job.folder, before, watch)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        advice = "a smaller --dtype, or the target's GGUF in llama.cpp"
+        raise MissingEngine(f"{job.folder}: not enough memory to run it in {job.dtype}: try {advice}") from error
+
+
+def _run(job: VerifyJob, folder: Path, before: Sequence[Gate], watch: Watch) -> EngineAnswer:
     watch("loading", 0, 3)
     target = TorchTarget(folder, job.dtype)
     with _threads(job.threads, target):

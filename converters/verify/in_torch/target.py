@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from convert_drafter.converters.errors import MissingEngine, Problems, WrongInput, WrongUsage
+from convert_drafter.converters.verify.job import DTYPES, INSTALL
 
 try:
     import torch
@@ -26,11 +27,8 @@ try:
         quiet,
     )
 except ImportError as error:
-    raise MissingEngine(
-        f'{error.name}: not installed, and the torch engine needs it: pip install "convert-drafter[verify]"'
-    ) from error
+    raise MissingEngine(f"{error.name}: not installed, and the torch engine needs it: {INSTALL}") from error
 
-DTYPES = ("float32", "bfloat16", "float16")
 NAMED = 5  # tensors named in a message
 
 

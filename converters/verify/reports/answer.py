@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from convert_drafter.converters.verify.verdict import Cause, Diagnosis, Gate, Outcome, Verdict
+from convert_drafter.converters.verdict import Cause, Diagnosis, Gate, Outcome, Verdict
 
 UNKNOWN = "-"
 UNIT = "tokens per verify step"
@@ -102,6 +102,8 @@ def _no(verdict: Verdict) -> str:
 
 def _undecided(verdict: Verdict) -> str:
     open_gates = [gate for gate in verdict.gates if gate.outcome is Outcome.UNDECIDED]
+    if any(gate.name == "acceptance" and gate.outcome is Outcome.PASS for gate in verdict.gates):
+        return f"undecided, but {_yes(verdict)}: {', '.join(gate.name for gate in open_gates)} cannot tell"
     if not (numbers := measured(verdict)) or all(gate.name != "acceptance" for gate in open_gates):
         return f"undecided: {_reasons(open_gates)}"
     needed = number(figures(verdict, "acceptance").get("needed"))

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from convert_drafter.converters.verdict import Verdict
 from convert_drafter.converters.verify.reports import answer, plots
 from convert_drafter.converters.verify.reports.answer import UNIT, figures, number, part, percent, series, shown
-from convert_drafter.converters.verify.verdict import Verdict
 
 COMPARED = (("original", "original"), ("file", "this file"))
 

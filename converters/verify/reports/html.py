@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from convert_drafter.converters.errors import MissingEngine, WrongUsage, plain
+from convert_drafter.converters.verdict import Verdict
+from convert_drafter.converters.verify.job import INSTALL
 from convert_drafter.converters.verify.reports import answer, report
 from convert_drafter.converters.verify.reports.answer import UNIT, figures, number, part, percent, series, shown
-from convert_drafter.converters.verify.verdict import Verdict
 
 TEMPLATES = Path(__file__).with_name("templates")
-INSTALL = 'pip install "convert-drafter[verify]"'
 NARROW = "\u00a0%"  # no line ends between a number and its percent sign
 Tensor = Mapping[str, Any]
 # how the table of tensors can be sorted: CSS name, words, sort key

@@ -18,9 +18,9 @@ from rich.text import Text
 
 from convert_drafter.converters.errors import WrongInput, plain
 from convert_drafter.converters.gguf_file import file_access, partial_name
+from convert_drafter.converters.verdict import Gate, Outcome, Verdict
 from convert_drafter.converters.verify.reports import answer
 from convert_drafter.converters.verify.reports.answer import UNIT, number, part, percent, series, shown
-from convert_drafter.converters.verify.verdict import Gate, Outcome, Verdict
 
 SCHEMA, VERSION = "convert-drafter/verdict", 1
 WIDTH = 80  # where the width of the terminal is not known
