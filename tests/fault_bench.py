@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from faults import ALL, FAULTS, RIGHT, Case, Workspace
+from faults import ALL, FAULTS, NOTHING, RIGHT, Case, Fault, Workspace
 from llama_server import llama_server
 from published import FIXTURES, PAIR
 from target_gguf import write_target
@@ -176,9 +176,13 @@ def table() -> str:
     for fault in FAULTS:
         says, verified = found["says"].get(fault.name), found["verify"][fault.name]
         gates = (", ".join(verified[name]) or "none" for name in ("fails", "fails_without_source"))
-        cells = (fault.name, ", ".join(fault.ids), _short(says), *gates, verified["cause"] or "")
+        cells = (fault.name, ", ".join(fault.ids), _short(says), *gates, verified["cause"] or _no_cause(fault))
         rows.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
     return "\n".join(rows)
+
+
+def _no_cause(fault: Fault) -> str:
+    return "none, rightly" if fault.cause == NOTHING else "-"
 
 
 def _short(says: dict[str, Any] | None) -> str:

@@ -124,6 +124,16 @@ def test_without_a_source_a_collapse_fails(folder: Path, verify: Verify) -> None
     assert outcomes(verdict)["acceptance"] == "fail"
 
 
+def test_without_a_source_a_diagnosis_tells(folder: Path, verify: Verify) -> None:
+    """Nobody knows what acceptance should be; that another theta drafts twice as well says enough."""
+    file = drafter(folder, "Q8_0", **{"rope_parameters.rope_theta": "1000000"})
+    assert verify(file, *FOLDER)[0] == 0
+    code, verdict = verify(file, *FOLDER, "--diagnose")
+    assert code == 1 and outcomes(verdict)["acceptance"] == "fail"
+    assert "rope.theta" in verdict["diagnosis"]["found"]["facts"]
+    assert verify(drafter(folder, "Q8_0"), *FOLDER, "--diagnose")[0] == 0
+
+
 def test_a_least_length_decides(folder: Path, verify: Verify) -> None:
     file = drafter(folder, "Q8_0")
     assert verify(file, *FOLDER, "--min-acceptance-length", "2")[0] == 0

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 from convert_drafter.converters.spec import DrafterSpec
-from convert_drafter.converters.verdict import Gate, Outcome
+from convert_drafter.converters.verdict import Diagnosis, Gate, Outcome
 from convert_drafter.converters.verify.acceptance import Acceptance, total
 from convert_drafter.converters.verify.measured import Measured, SweepPoint
 from convert_drafter.converters.verify.pay import Payoff, StepTimes
@@ -133,6 +134,14 @@ def _alone(measured: Measured, file: Acceptance) -> Gate:
 def _figures(walk: Acceptance) -> dict[str, Any]:
     by_position = list(walk.by_position) if len(walk.drafted) > 1 else []
     return {"length": walk.length, "rate": walk.rate, "steps": walk.steps, "by_position": by_position}
+
+
+def outdone(gate: Gate, diagnosis: Diagnosis) -> Gate:
+    """Acceptance without an original: a drafter that drafts clearly better with one fact changed is not right."""
+    if gate.name != "acceptance" or diagnosis.found is None:
+        return gate
+    better = f"{diagnosis.found.length:.2f} tokens per verify step with {diagnosis.found.name}"
+    return replace(gate, outcome=Outcome.FAIL, details=(*gate.details, better))
 
 
 def length_sweep(points: Sequence[SweepPoint], spec: DrafterSpec) -> Gate:

@@ -99,8 +99,10 @@ def _run(job: VerifyJob, folder: Path, before: Sequence[Gate], watch: Watch) -> 
         watch("loading", 3, 3)
         measured = measure(bench, prompts.prompts, job.new_tokens, watch)
         found = _gates(job, bench, prompts, measured, watch)
-        failed = any(gate.outcome is Outcome.FAIL for gate in (*before, *found))
-        diagnosis = _diagnosis(job, bench, prompts, watch) if failed and (job.diagnose or job.repair) else None
+        doubtful = original is None or any(gate.outcome is Outcome.FAIL for gate in (*before, *found))
+        diagnosis = _diagnosis(job, bench, prompts, watch) if doubtful and (job.diagnose or job.repair) else None
+        if original is None and diagnosis is not None:
+            found = [gates.outdone(gate, diagnosis) for gate in found]
     return EngineAnswer(tuple(found), _settings(job, prompts, target), measured, diagnosis)
 
 
