@@ -54,7 +54,7 @@ def llama_server(target: Path, *options: str, log: Path) -> Iterator[Server]:
     """A running server on a free loopback port. Fails with the end of its log when it does not come up."""
     port = free_port()
     command = [str(llama_binary("llama-server")), "-m", str(target), "--host", "127.0.0.1", "--port", str(port)]
-    command += ["-c", "2048", "-np", "1", "-t", "2", "--no-webui", *options]
+    command += ["-c", "2048", "-np", "1", "-t", "1", "--no-webui", *options]
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
     try:
