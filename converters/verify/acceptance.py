@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -32,6 +32,23 @@ class Acceptance:
     def by_position(self) -> tuple[float, ...]:
         """For each draft position, the share of its drafts that were accepted."""
         return tuple(a / d if d else 0.0 for a, d in zip(self.accepted, self.drafted, strict=True))
+
+
+def matching(drafts: Sequence[int], tokens: Sequence[int]) -> int:
+    """How many drafts are the text's tokens, from the first on."""
+    pairs = enumerate(zip(drafts, tokens, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(drafts), len(tokens)))
+
+
+def counted(steps: Iterable[tuple[int, int, int]], size: int) -> Acceptance:
+    """Of verify steps (drafts before the text's end, how many were right, tokens committed), over `size` positions."""
+    drafted, accepted, committed, count = [0] * size, [0] * size, 0, 0
+    for drafts, right, tokens in steps:
+        for i in range(drafts):
+            drafted[i] += 1
+            accepted[i] += i < right
+        committed, count = committed + tokens, count + 1
+    return Acceptance(count, committed, tuple(drafted), tuple(accepted))
 
 
 def total(each: Iterable[Acceptance]) -> Acceptance:

@@ -147,9 +147,7 @@ def outdone(gate: Gate, diagnosis: Diagnosis) -> Gate:
 def length_sweep(points: Sequence[SweepPoint], spec: DrafterSpec) -> Gate:
     """Acceptance by context length; a length at which the file collapses and the original does not is a fault."""
     if not any(point.files for point in points):
-        return Gate(
-            "length sweep", Outcome.SKIPPED, NOTHING if points else "the target has no room for a context to try"
-        )
+        return Gate("length sweep", Outcome.SKIPPED, NOTHING if points else NO_ROOM)
     told = [(point, total(point.files), total(point.originals)) for point in points if point.files]
     fallen = [
         f"with {point.context} tokens of context {file.length:.2f} per verify step, the original {original.length:.2f}"

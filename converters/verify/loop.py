@@ -16,7 +16,7 @@ from time import perf_counter
 from typing import Protocol
 
 from convert_drafter.converters.errors import WrongUsage
-from convert_drafter.converters.verify.acceptance import Acceptance
+from convert_drafter.converters.verify.acceptance import Acceptance, counted, matching
 
 
 class TargetModel(Protocol):
@@ -88,16 +88,10 @@ class Decoded:
     @property
     def acceptance(self) -> Acceptance:
         """Over the speculative steps so far, `num_draft` positions; drafts behind the text's end are not counted."""
-        drafted, accepted, committed, count = [0] * self.num_draft, [0] * self.num_draft, 0, 0
         starts = accumulate((len(step.tokens) for step in self.steps), initial=1)
-        for start, step in zip(starts, self.steps, strict=False):
-            room = len(self.tokens) - start
-            for i in range(min(step.drafted, room)):
-                drafted[i] += 1
-                accepted[i] += i < step.matched
-            committed += len(step.tokens) * step.speculative
-            count += step.speculative
-        return Acceptance(count, committed, tuple(drafted), tuple(accepted))
+        speculative = [(n, step) for n, step in zip(starts, self.steps, strict=False) if step.speculative]
+        rooms = ((min(step.drafted, len(self.tokens) - n), step) for n, step in speculative)
+        return counted(((drafts, step.matched, len(step.tokens)) for drafts, step in rooms), self.num_draft)
 
     @property
     def median_draft_ms(self) -> float:
@@ -143,9 +137,7 @@ def accept_prefix(draft: Sequence[int], target: Sequence[int]) -> list[int]:
     """
     if len(target) != len(draft) + 1:
         raise ValueError(f"the target's choices must be one more than the {len(draft)} drafts, found {len(target)}")
-    pairs = enumerate(zip(draft, target, strict=False))
-    matched = next((i for i, (a, b) in pairs if a != b), len(draft))
-    return list(target[: matched + 1])
+    return list(target[: matching(draft, target) + 1])
 
 
 def speculative_step(

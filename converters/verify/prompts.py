@@ -56,6 +56,16 @@ class PromptSet:
     options: Mapping[str, Any] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the report says of them."""
+        return {
+            "prompts": self.origin,
+            "prompt_count": len(self.prompts),
+            "chat_template": {"prompts": self.templated, "options": dict(self.options)},
+            "left_out": list(self.left_out),
+        }
+
 
 def read_prompts(path: Path | None) -> tuple[Prompt, ...]:
     """Prompts of a JSONL file, of a text file (one a line), or the package's own. Raises `WrongInput` by line."""
@@ -108,6 +118,13 @@ def _is_chat(value: Any) -> TypeGuard[list[Mapping[str, str]]]:
         return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
 
     return isinstance(value, list) and bool(value) and all(map(is_message, value))
+
+
+def ask(
+    path: Path | None, most: int | None, encoder: TextEncoder, vocab_size: int, options: Mapping[str, Any]
+) -> PromptSet:
+    """The first `most` prompts of a file, or the package's own, as the target reads them; raises as the two below."""
+    return encode_prompts(read_prompts(path)[:most], encoder, str(path or BUILT_IN), vocab_size, options)
 
 
 def encode_prompts(

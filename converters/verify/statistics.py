@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from convert_drafter.converters.verify.acceptance import Acceptance, total
+from convert_drafter.converters.verify.acceptance import Acceptance
 
 DRAWS = 10_000
 SEED = 20  # the same answers for the same numbers
@@ -52,7 +52,7 @@ def compare(original: Sequence[Acceptance], file: Sequence[Acceptance], max_drop
         [(a.committed, a.steps, b.committed, b.steps) for a, b in zip(original, file, strict=True)], np.float64
     )  # (prompts, 4)
     relative = float(_relative(pairs.sum(0)))
-    if _identical(original, file):
+    if list(original) == list(file):
         low = high = relative
     elif len(pairs) < LEAST:
         low, high = -math.inf, math.inf
@@ -70,10 +70,6 @@ def _drawn(pairs: NDArray[np.float64]) -> NDArray[np.float64]:
     step = max(1, CHUNK // count)
     sizes = [min(step, DRAWS - start) for start in range(0, DRAWS, step)]
     return np.concatenate([random.multinomial(count, np.full(count, 1 / count), size) @ pairs for size in sizes])
-
-
-def _identical(original: Sequence[Acceptance], file: Sequence[Acceptance]) -> bool:
-    return total(original) == total(file) and list(original) == list(file)
 
 
 def _relative(sums: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -34,12 +34,12 @@ def context_lengths(spec: DrafterSpec, room: int) -> tuple[int, ...]:
     return tuple(apart)
 
 
-def within(lengths: Sequence[int] | None, room: int) -> tuple[int, ...]:
-    """The user's own lengths. Raises `WrongUsage` for one that the target was not made for."""
-    if too_long := [length for length in lengths or () if length + NEW_TOKENS > room]:
+def lengths_to_sweep(own: Sequence[int] | None, spec: DrafterSpec, room: int) -> tuple[int, ...]:
+    """The user's own lengths, else ours. Raises `WrongUsage` for one that the target was not made for."""
+    if too_long := [length for length in own or () if length + NEW_TOKENS > room]:
         most = f"at most {room - NEW_TOKENS}: {NEW_TOKENS} tokens follow, and the target has {room} positions"
         raise WrongUsage(f"--contexts {too_long[0]}: expected {most}")
-    return tuple(lengths or ())
+    return tuple(own or context_lengths(spec, room))
 
 
 def contexts(prompts: Sequence[Encoded], length: int) -> tuple[Encoded, ...]:

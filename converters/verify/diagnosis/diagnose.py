@@ -129,10 +129,9 @@ class _Search:
     def _contenders(self, start: Trial) -> list[Explanation]:
         """The best few by a look at a few passages, in the order of the table."""
         phase = f"diagnosing, {'another' if start.names else 'one'} fault"
-        count = sum(1 for _ in explanations(start.view, self.hints))
         best: list[tuple[float, int, Explanation]] = []
         for number, explanation in enumerate(explanations(start.view, self.hints)):
-            self.watch(phase, number, count)
+            self.watch(phase, number, 0)  # how many there are is known at the end: each is made only to be tried
             score = self.trials.screen(explanation.view)
             names = "; ".join((*start.names, explanation.name))
             self.screened.append(
@@ -140,7 +139,7 @@ class _Search:
             )
             entries = [*best, (self._rank(score), number, explanation)]
             best = sorted(entries, key=lambda entry: entry[:2])[:CONTENDERS]
-        self.watch(phase, count, count)
+        self.watch(phase, number + 1, number + 1)
         near = [entry for entry in best if entry[0] <= self._close_to(best[0][0])]
         return [explanation for _, _, explanation in sorted(near, key=lambda entry: entry[1])]
 

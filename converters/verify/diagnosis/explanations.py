@@ -25,7 +25,7 @@ from convert_drafter.converters.verify.diagnosis.view import (
 )
 
 THETAS = (1e7, 1e6, 1e4, 5e6, 5e5, 1e8)
-MASKS = (248070, 248077, 151669, 201818)  # Qwen3.5's, Qwen3.6's, Qwen3's, MiniMax's drafters
+MASKS = (248070, 248077, 151669, 201818)  # Qwen3.5's, Qwen3.6's, MiMo's, Muse's
 BLOCK_SIZES = (8, 16, 4)
 WINDOWS = (2048, 4096, 1024, 512, 128)
 EPSILONS = (1e-6, 1e-5)

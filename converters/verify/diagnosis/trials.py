@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from convert_drafter.converters.errors import WrongInput
-from convert_drafter.converters.verify.acceptance import Acceptance, total
+from convert_drafter.converters.verify.acceptance import Acceptance, matching, total
 from convert_drafter.converters.verify.diagnosis.view import View
-from convert_drafter.converters.verify.in_torch.drafting import Drafting, Variant, matching
+from convert_drafter.converters.verify.in_torch.drafting import Drafting, Variant
 from convert_drafter.converters.verify.in_torch.same_drafts import compare
 from convert_drafter.converters.verify.in_torch.target import TorchTarget
 from convert_drafter.converters.verify.in_torch.texts import Text

@@ -11,6 +11,7 @@ import numpy as np
 
 from convert_drafter.converters.roles import Role, TensorKey, describe
 from convert_drafter.converters.verify.diagnosis.view import Array, Explanation, Hints, View
+from convert_drafter.quant.measure import measure
 
 Q_AND_K = (Role.ATTN_Q, Role.ATTN_K, Role.ATTN_Q_BIAS, Role.ATTN_K_BIAS)
 Q_AND_K_NORMS = (Role.ATTN_Q_NORM, Role.ATTN_K_NORM)
@@ -121,10 +122,7 @@ def weight_shapes(view: View) -> dict[TensorKey, tuple[int, ...]]:
 
 def relative_error(original: Array, other: Array) -> float:
     """Root mean square difference over the original's root mean square; infinite for NaN."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        size, off = (
-            np.mean(np.square(original, dtype=np.float64)),
-            np.mean(np.square(original - other, dtype=np.float64)),
-        )
-    found = math.sqrt(off / size) if size > 0 else math.sqrt(off)
+    with np.errstate(invalid="ignore"):
+        errors = measure(original, other)
+    found = errors.relative if errors.squares else errors.rmse
     return found if math.isfinite(found) else math.inf

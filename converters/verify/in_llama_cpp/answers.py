@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 from convert_drafter.converters.errors import WrongInput
-from convert_drafter.converters.verify.acceptance import Acceptance
+from convert_drafter.converters.verify.acceptance import Acceptance, counted, matching
 from convert_drafter.converters.verify.in_llama_cpp.probe import Engine
 from convert_drafter.converters.verify.in_llama_cpp.serving import LIMITS, Limits, Server, Setup, quiet, serving
 from convert_drafter.converters.verify.measured import Watch
@@ -73,13 +73,9 @@ class Answer:
         if self.steps is None:
             return Acceptance(self.verify_steps, committed, (), ())
         size = max((step.drafted for step in self.steps), default=0)
-        drafted, accepted, room = [0] * size, [0] * size, committed
-        for step in self.steps:
-            for i in range(min(step.drafted, room)):
-                drafted[i] += 1
-                accepted[i] += i < step.accepted
-            room -= step.committed
-        return Acceptance(len(self.steps), committed, tuple(drafted), tuple(accepted))
+        before = accumulate((step.committed for step in self.steps), initial=0)
+        rooms = ((min(step.drafted, committed - n), step) for n, step in zip(before, self.steps, strict=False))
+        return counted(((drafts, step.accepted, step.committed) for drafts, step in rooms), size)
 
 
 @dataclass(frozen=True)
@@ -142,8 +138,8 @@ def compare(drafting: EngineRun, alone: EngineRun) -> Comparison:
 
 def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
     """The first index at which two texts differ; where one goes on, the end of the other."""
-    differing = (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
-    return next(differing, None if len(ours) == len(theirs) else min(len(ours), len(theirs)))
+    same = matching(ours, theirs)
+    return None if same == len(ours) == len(theirs) else same
 
 
 def context_for(prompts: Sequence[Sequence[int]], new_tokens: int, draft_length: int = 0) -> int:

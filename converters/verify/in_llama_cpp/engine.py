@@ -32,8 +32,8 @@ from convert_drafter.converters.verify.in_llama_cpp.serving import Setup, requir
 from convert_drafter.converters.verify.in_llama_cpp.tokens import ServerTokenizer, logit_gap
 from convert_drafter.converters.verify.job import MEASURED, STEP_SLACK, EngineAnswer, VerifyJob
 from convert_drafter.converters.verify.measured import Loss, Measured, SweepPoint, Watch
-from convert_drafter.converters.verify.prompts import BUILT_IN, Encoded, PromptSet, encode_prompts, read_prompts
-from convert_drafter.converters.verify.sweep import context_lengths, contexts, within
+from convert_drafter.converters.verify.prompts import Encoded, PromptSet, ask
+from convert_drafter.converters.verify.sweep import contexts, lengths_to_sweep
 
 TIE = 0.05  # nats between the two best tokens: batches of one and of eight tokens are summed in other orders
 SAME_TYPES = {"F32", "F16", "BF16"}  # with these a file drafts what its checkpoint does
@@ -85,7 +85,7 @@ def run_llama_cpp(job: VerifyJob, before: Sequence[Gate], watch: Watch) -> Engin
         )
     asked = _asked(job, engine, target, drafter.spec, watch)
     alone = run_prompts(engine, target, asked.tokens, job.new_tokens, threads=job.threads, on_progress=watch)
-    settings = _settings(job, asked, alone)
+    settings = _settings(asked, alone)
     try:
         file = _drafting(job, engine, asked, job.file, drafter.spec, watch)
     except EngineFailure as failure:
@@ -101,13 +101,10 @@ def run_llama_cpp(job: VerifyJob, before: Sequence[Gate], watch: Watch) -> Engin
 
 def _asked(job: VerifyJob, engine: Engine, target: Path, spec: DrafterSpec, watch: Watch) -> Asked:
     """Prompts and contexts in the target's tokens; its own server encodes them."""
-    read = read_prompts(job.prompts)[: job.max_prompts]
     facts = read_target(target)
     with serving(engine, Setup(target, ROUND_CONTEXT, threads=job.threads), watch) as server:
-        origin = BUILT_IN if job.prompts is None else str(job.prompts)
-        prompts = encode_prompts(read, ServerTokenizer(server), origin, facts.vocab_size, job.template)
-    room = facts.context_length or spec.context_length
-    lengths = within(job.contexts, room) or context_lengths(spec, room)
+        prompts = ask(job.prompts, job.max_prompts, ServerTokenizer(server), facts.vocab_size, job.template)
+    lengths = lengths_to_sweep(job.contexts, spec, facts.context_length or spec.context_length)
     return Asked(prompts, tuple(contexts(prompts.prompts, length) for length in lengths))
 
 
@@ -238,12 +235,5 @@ def _pays(runs: Runs, measured: Measured) -> Gate:
     return Gate(name, Outcome.ADVICE, summary, (), figures)
 
 
-def _settings(job: VerifyJob, asked: Asked, alone: EngineRun) -> dict[str, Any]:
-    prompts = asked.prompts
-    return {
-        "prompts": prompts.origin,
-        "prompt_count": len(prompts.prompts),
-        "chat_template": {"prompts": prompts.templated, "options": dict(prompts.options)},
-        "left_out": list(prompts.left_out),
-        "target_alone": dict(alone.settings),
-    }
+def _settings(asked: Asked, alone: EngineRun) -> dict[str, Any]:
+    return {**asked.prompts.settings, "target_alone": dict(alone.settings)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from convert_drafter.converters.verify.acceptance import Acceptance
+from convert_drafter.converters.verify.acceptance import Acceptance, matching
 from convert_drafter.converters.verify.in_torch.drafter import TorchDrafter
 from convert_drafter.converters.verify.in_torch.drafting import Drafting, Reading
 from convert_drafter.converters.verify.in_torch.same_drafts import compare
@@ -75,8 +75,7 @@ def _loss(bench: Bench, text: Text) -> list[Loss]:
     tokens = speculative_loop(bench.target, drafter, text.prompt.tokens, count, size).tokens
     if tuple(tokens) == text.continuation:
         return []
-    pairs = enumerate(zip(tokens, text.continuation, strict=False))
-    at = next((i for i, (a, b) in pairs if a != b), min(len(tokens), len(text.continuation)))
+    at = matching(tokens, text.continuation)
     return [Loss(text.prompt.name, at, bench.target.margin(text.tokens[: text.prompt_length + at]))]
 
 

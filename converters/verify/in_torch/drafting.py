@@ -5,7 +5,7 @@ The same steps as the loop's, without the target in between.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from convert_drafter.converters.spec import DrafterSpec
-from convert_drafter.converters.verify.acceptance import Acceptance
+from convert_drafter.converters.verify.acceptance import Acceptance, counted, matching
 from convert_drafter.converters.verify.in_torch.reference.dflash import Context, draft
 from convert_drafter.converters.verify.in_torch.target import TorchTarget
 from convert_drafter.converters.verify.in_torch.texts import Text
@@ -73,14 +73,9 @@ class Reading:
             position += min(right + 1, end - position)
 
     def walk(self) -> Acceptance:
-        drafted, accepted, count = [0] * self.size, [0] * self.size, 0
-        for _, drafts, right in self.steps():
-            count += 1
-            for i in range(len(drafts)):
-                drafted[i] += 1
-                accepted[i] += i < right
-        committed = max(0, len(self.text.continuation) - 1)
-        return Acceptance(count, committed, tuple(drafted), tuple(accepted))
+        end = len(self.text.tokens) - 1
+        steps = ((len(drafts), right, min(right + 1, end - position)) for position, drafts, right in self.steps())
+        return counted(steps, self.size)
 
 
 class Drafting:
@@ -98,9 +93,3 @@ class Drafting:
 
     def walk(self, text: Text) -> Acceptance:
         return self.read(text).walk()
-
-
-def matching(drafts: Sequence[int], tokens: Sequence[int]) -> int:
-    """How many drafts are right from the first on."""
-    pairs = enumerate(zip(drafts, tokens, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(drafts), len(tokens)))

@@ -31,8 +31,8 @@ from convert_drafter.converters.verify.in_torch.weights import checkpoint_weight
 from convert_drafter.converters.verify.job import EngineAnswer, VerifyJob
 from convert_drafter.converters.verify.measured import Measured, Watch
 from convert_drafter.converters.verify.pay import payoff
-from convert_drafter.converters.verify.prompts import BUILT_IN, Messages, PromptSet, encode_prompts, read_prompts
-from convert_drafter.converters.verify.sweep import context_lengths, within
+from convert_drafter.converters.verify.prompts import Messages, PromptSet, ask
+from convert_drafter.converters.verify.sweep import lengths_to_sweep
 
 # Two best tokens this close are a tie, in nats: a few times what the type's digits leave of logits around 30.
 TIES = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.05}
@@ -108,7 +108,7 @@ def _run(job: VerifyJob, folder: Path, before: Sequence[Gate], watch: Watch) -> 
 
 def _gates(job: VerifyJob, bench: Bench, prompts: PromptSet, measured: Measured, watch: Watch) -> list[Gate]:
     spec = bench.file.variant.spec
-    lengths = within(job.contexts, bench.target.context_length) or context_lengths(spec, bench.target.context_length)
+    lengths = lengths_to_sweep(job.contexts, spec, bench.target.context_length)
     points = sweep(bench, prompts.prompts, lengths, watch)
     found = [
         gates.lossless(measured, TIES[job.dtype]),
@@ -129,9 +129,7 @@ def _diagnosis(job: VerifyJob, bench: Bench, prompts: PromptSet, watch: Watch) -
 
 
 def _prompts(job: VerifyJob, folder: Path, target: TorchTarget) -> PromptSet:
-    prompts = read_prompts(job.prompts)[: job.max_prompts]
-    origin = BUILT_IN if job.prompts is None else str(job.prompts)
-    return encode_prompts(prompts, HubTokenizer(folder), origin, target.vocab_size, job.template)
+    return ask(job.prompts, job.max_prompts, HubTokenizer(folder), target.vocab_size, job.template)
 
 
 def _variant_of_source(job: VerifyJob, drafter: DrafterFile) -> Variant | None:
@@ -160,10 +158,7 @@ def _bench(target: TorchTarget, file: Variant, original: Variant | None, allowed
 
 def _settings(job: VerifyJob, prompts: PromptSet, target: TorchTarget) -> dict[str, Any]:
     return {
-        "prompts": prompts.origin,
-        "prompt_count": len(prompts.prompts),
-        "chat_template": {"prompts": prompts.templated, "options": dict(prompts.options)},
-        "left_out": list(prompts.left_out),
+        **prompts.settings,
         "new_tokens": job.new_tokens,
         "sampling": "greedy",
         "target_dtype": job.dtype,

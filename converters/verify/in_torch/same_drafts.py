@@ -7,6 +7,7 @@ the original gets noise of each tensor's own quantization error, and the file ma
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -17,8 +18,9 @@ from torch import Tensor
 from convert_drafter.converters.roles import TensorKey
 from convert_drafter.converters.verify.in_torch.drafting import Reading, Variant
 from convert_drafter.converters.verify.measured import Agreement
+from convert_drafter.quant.measure import measure
 
-SEED, SLAB = 7, 1 << 22
+SEED = 7
 
 
 def compare(original: Reading, other: Reading) -> Agreement:
@@ -61,19 +63,8 @@ def quantization_errors(
 
     `allowed` is that as a share of the tensor's own root mean square; a tensor not in it has nothing to explain.
     """
-    shared = ((key, a, other.weights.get(key), allowed.get(key, 0.0)) for key, a in original.weights.items())
-    return {  # fmin: the other may be no number
-        key: float(np.fmin(_rms(a, b), share * _rms(a)))
-        for key, a, b, share in shared
-        if b is not None and a.shape == b.shape
-    }
-
-
-def _rms(a: NDArray[np.float32], b: NDArray[np.float32] | None = None) -> float:
-    """Of a, or of a - b, in f64 and by slabs: a flipped bit makes numbers whose squares are beyond f32, or none."""
-    squares, flat = 0.0, (a.reshape(-1), None if b is None else b.reshape(-1))
-    with np.errstate(all="ignore"):
-        for start in range(0, a.size, SLAB):
-            x, y = (0.0 if array is None else array[start : start + SLAB].astype(np.float64) for array in flat)
-            squares += float(np.square(x - y).sum())
-    return float(np.sqrt(squares / a.size))
+    with np.errstate(invalid="ignore"):  # the other may be no number
+        shared = ((key, a, other.weights.get(key)) for key, a in original.weights.items())
+        errors = {key: measure(a, b) for key, a, b in shared if b is not None and a.shape == b.shape}
+    sizes = {key: math.sqrt(error.squares / error.count) for key, error in errors.items()}
+    return {key: float(np.fmin(e.rmse, allowed.get(key, 0.0) * sizes[key])) for key, e in errors.items()}

@@ -33,7 +33,7 @@ ORDERS: tuple[tuple[str, str, Callable[[Tensor], Any]], ...] = (
 
 def page(verdict: Verdict) -> str:
     """The page as text. Raises `MissingEngine` where jinja2 or matplotlib is not installed."""
-    check(Path("page.html"))
+    _check_installed()
     jinja2 = _needed("jinja2")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
@@ -53,6 +53,10 @@ def check(place: Path | None) -> None:
         return
     if str(place) == "-":
         raise WrongUsage("--html -: expected a file name; --json - prints the verdict for programs")
+    _check_installed()
+
+
+def _check_installed() -> None:
     for name in ("jinja2", "matplotlib"):
         _needed(name)
 
