@@ -1,8 +1,7 @@
-"""A drafter's GGUF against the checkpoint it was made from: every fact, every tensor, and what a wrong tensor is."""
+"""A drafter's GGUF against the tensors of the checkpoint it was made from, and what a wrong one is."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,24 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from convert_drafter.converters.convert import Published, read_published
-from convert_drafter.converters.dialects import objections, write
-from convert_drafter.converters.dialects.cell import read_all
-from convert_drafter.converters.drafter_file import SETTABLE, given_facts
+from convert_drafter.converters.convert import Published
 from convert_drafter.converters.encoding import cores
-from convert_drafter.converters.errors import DrafterError, WrongInput
 from convert_drafter.converters.gguf_file import StoredTensor
 from convert_drafter.converters.gguf_read import GGUFFile
 from convert_drafter.converters.plan import Matcher
 from convert_drafter.converters.roles import describe
-from convert_drafter.converters.spec import REQUIRED
-from convert_drafter.converters.structure import Finding, Survey, key_of
+from convert_drafter.converters.source_facts import IGNORED, fact_findings, noted
+from convert_drafter.converters.structure import Finding, Survey
 from convert_drafter.converters.tensor_errors import FLOATS, Comparison, OnBytes, Source, compare, decoder
 from convert_drafter.quant.base import F32Array
 
-SETTINGS, IGNORED = "drafter.source.settings", "drafter.source.ignored"
-REWRITTEN, CONFIG_HASH = "drafter.redialect.settings", "drafter.source.config_sha256"
-FROM_TARGET = ("rope.sections", "embedding_scale")  # facts a conversion takes from the target
 SHAPES = ("layer_count", "hidden_size", "feed_forward_size", "head_count", "kv_head_count", "head_dim", "vocab_size")
 SAMPLE = 16  # rows of a tensor that tell which one it is
 SEARCHED = 4  # wrong tensors whose rows are looked for one by one
@@ -42,38 +34,6 @@ class Agreement:
     compared: tuple[Comparison, ...] = ()
 
 
-def read_source(survey: Survey, source: Path, target: Path | None, settings: Mapping[str, str]) -> Published:
-    """The checkpoint with the settings the file was converted with and the user's own, which go before them.
-
-    It is read without the target where that is not its target.
-    """
-    settings = {**recorded_settings(survey.file), **settings}
-    if target is None:
-        return read_published(source, None, settings)
-    try:
-        return read_published(source, target, settings)
-    except WrongInput as error:
-        try:
-            return read_published(source, None, settings)
-        except WrongInput:
-            raise error from None
-
-
-def recorded_settings(file: GGUFFile) -> dict[str, str]:
-    """What the user set of the checkpoint's config when this file was converted: path -> JSON text."""
-    return dict(entry.partition("=")[::2] for entry in noted(file, SETTINGS))
-
-
-def _noted(survey: Survey, key: str) -> tuple[str, ...]:
-    return noted(survey.file, key)
-
-
-def noted(file: GGUFFile, key: str) -> tuple[str, ...]:
-    entry = file.keys.get(key)
-    values = entry.value if entry is not None and isinstance(entry.value, tuple) else ()
-    return tuple(value for value in values if isinstance(value, str))
-
-
 def agreement(
     survey: Survey, published: Published, broken: frozenset[str], on_bytes: OnBytes = lambda n: None
 ) -> Agreement:
@@ -81,8 +41,8 @@ def agreement(
     root = published.checkpoint.root
     if different := _another_drafter(survey, published):
         return Agreement((Finding(f"not the drafter in {root}: {different}"),))
-    findings = [*_settings(survey), *_facts(survey, published), *_origin(survey, published)]
-    matcher = published.match(_noted(survey, IGNORED))
+    findings = fact_findings(survey, published)
+    matcher = published.match(noted(survey.file, IGNORED))
     findings += [Finding(f"{root}: {problem}") for problem in matcher.problems]
     pairs = _pairs(survey, matcher, published.spec.head_dim)
     findings += _closure(survey, matcher)
@@ -106,74 +66,6 @@ def _another_drafter(survey: Survey, published: Published) -> str:
     if len(differing) < 2:
         return ""
     return ", ".join(f"{name} {ours[name]} in the file, {theirs[name]} there" for name in differing)
-
-
-# --- facts ---
-
-
-def _settings(survey: Survey) -> Iterator[Finding]:
-    for key in (SETTINGS, REWRITTEN):
-        for entry in _noted(survey, key):
-            yield Finding(f"{key}: {entry}: set by the user when the file was made, and applied here", fault=False)
-
-
-def overruled(survey: Survey, source: Path, target: Path | None, settings: Mapping[str, str]) -> Iterator[Finding]:
-    """Facts that the checkpoint states itself, and that settings recorded in the file overrule: meant, or a mistake."""
-    if not any(_noted(survey, key) for key in (SETTINGS, REWRITTEN)):
-        return
-    try:
-        spec = read_published(source, target, settings).spec
-    except WrongInput:
-        return  # without them it cannot be read: they were needed
-    wanted, _ = read_all(survey.cell, {entry.key: entry for entry in write(survey.cell, spec)})
-    for name, value in wanted.items():
-        if name in survey.facts and survey.facts[name] != value:
-            said = f"{name}: the checkpoint says {_said(value)}, the file {_said(survey.facts[name])}"
-            yield Finding(f"{said}, as the user set it when the file was made", fault=False, doubt=True)
-
-
-def _facts(survey: Survey, published: Published) -> Iterator[Finding]:
-    """Both sides through the rows of the file's cell, so that each has the same 24 bits and implied values."""
-    cell, spec = survey.cell, published.spec
-    architecture = published.target.architecture if published.target else None
-    yield from (Finding(text) for text in objections(cell, spec, architecture))
-    wanted, faults = read_all(cell, {entry.key: entry for entry in write(cell, spec)})
-    yield from (Finding(f"the checkpoint: {fault}") for fault in faults)
-    wanted |= _rewritten(survey)
-    for name in sorted(set(wanted) | set(survey.facts)):
-        found, expected = survey.facts.get(name), wanted.get(name)
-        if found == expected or name == "kind" or (found is None and name in REQUIRED):
-            continue  # what the file lacks is said already, and other converters do not note the target
-        if name in FROM_TARGET and published.target is None and expected is None:
-            yield Finding(f"{name}: found {found!r}, which comes from the target; give --target to check it", False)
-        else:
-            origin = published.reader.origins.get(name, name)
-            key = key_of(survey.file, cell, name)
-            yield Finding(f"{key}: found {_said(found)}, the checkpoint has {_said(expected)} ({origin})")
-
-
-def _rewritten(survey: Survey) -> dict[str, Any]:
-    """Facts the user gave when the file was rewritten for its runtime."""
-    pairs = dict(entry.partition("=")[::2] for entry in _noted(survey, REWRITTEN))
-    try:
-        return given_facts({name: text for name, text in pairs.items() if name in SETTABLE})
-    except DrafterError:
-        return {}
-
-
-def _said(value: object) -> str:
-    return "none" if value is None else repr(value)
-
-
-def _origin(survey: Survey, published: Published) -> Iterator[Finding]:
-    """The digest of config.json our converter noted; another one is another revision, which the facts judge."""
-    noted = survey.file.keys.get(CONFIG_HASH)
-    if noted is None:
-        return
-    found = hashlib.sha256(published.checkpoint.config_path.read_bytes()).hexdigest()
-    if noted.value != found:
-        path = published.checkpoint.config_path
-        yield Finding(f"{path}: is not the config.json the file was made from ({CONFIG_HASH})", fault=False)
 
 
 # --- tensors ---

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from convert_drafter.converters.against_source import Agreement, agreement, overruled, read_source
+from convert_drafter.converters.against_source import Agreement, agreement
 from convert_drafter.converters.drafter_file import cell_of_file
 from convert_drafter.converters.encoding import cores
 from convert_drafter.converters.errors import Problems, WrongInput, WrongUsage
@@ -18,6 +18,7 @@ from convert_drafter.converters.gguf_file import ARCHITECTURE, file_access
 from convert_drafter.converters.gguf_read import GGUFFile, read_gguf
 from convert_drafter.converters.loader_keys import key_faults, provenance_faults
 from convert_drafter.converters.pairing import PAIRING, check_pairing
+from convert_drafter.converters.source_facts import overruled, read_source
 from convert_drafter.converters.structure import Finding, Survey, survey
 from convert_drafter.converters.target import read_target
 from convert_drafter.converters.tensor_errors import Comparison, Health, OnBytes, health

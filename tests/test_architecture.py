@@ -24,7 +24,8 @@ FLOORS = {
     4: ["drafters", "dialects"],
     5: [
         *("convert", "inspection", "drafter_file", "quantize", "redialect", "verify"),
-        *("structure", "loader_keys", "tokenizer_faults", "tensor_errors", "against_source", "pairing", "doctor"),
+        *("structure", "loader_keys", "tokenizer_faults", "tensor_errors", "source_facts"),
+        *("against_source", "pairing", "doctor"),
     ],
     6: ["show", "show_quantize", "show_doctor", "options"],
     7: ["cli"],

@@ -18,6 +18,7 @@ from fake_llama_server import DRAFTING, HELP, LEGACY, make, notes
 from convert_drafter.converters.errors import MissingEngine, WrongInput
 from convert_drafter.converters.verify.acceptance import total
 from convert_drafter.converters.verify.in_llama_cpp import probe as probing
+from convert_drafter.converters.verify.in_llama_cpp import process
 from convert_drafter.converters.verify.in_llama_cpp.answers import (
     SAMPLING,
     EngineRun,
@@ -583,7 +584,7 @@ def test_it_is_gone_after_an_error(tmp_path: Path, files: tuple[Path, Path], err
 def test_one_that_will_not_end_is_killed(
     tmp_path: Path, files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("convert_drafter.converters.verify.in_llama_cpp.process.STOP_SECONDS", 0.2)
+    monkeypatch.setattr(process, "STOP_SECONDS", 0.2)
     with serving(engine(tmp_path, stubborn=True), Setup(files[0], 512), limits=SOON) as server:
         pid = server.process.pid
     assert gone(pid)

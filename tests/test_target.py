@@ -47,7 +47,7 @@ def gguf(path: Path, architecture: str = "test", tokens: list[str] | None = None
 
 
 def test_fixture() -> None:
-    assert read_target(FIXTURE) == Target("target", "Qwen3ForCausalLM", 6, 256, 2048, False, None)
+    assert read_target(FIXTURE) == Target("target", "Qwen3ForCausalLM", 6, 256, 2048, False, None, 2048)
 
 
 def test_text_config_is_merged_up(tmp_path: Path) -> None:

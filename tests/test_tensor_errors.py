@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -82,13 +84,29 @@ def test_a_fact_that_is_not_the_checkpoints(made: Callable[..., Path], name: str
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_what_the_user_set_is_the_users(made: Callable[..., Path], name: str) -> None:
-    """Recorded in the file, so it is applied to the checkpoint and told."""
+    """Recorded in the file, so it is applied to the checkpoint and told; where that states another, it is a doubt."""
     key, text, _ = SETTINGS[name]
     gate = against(made("Q8_0", **{key: text}))
+    *doubts, note = gate.details
+    assert gate.outcome is Outcome.UNDECIDED
+    assert doubts
+    for doubt in doubts:
+        assert ": the checkpoint says " in doubt and doubt.endswith(", as the user set it when the file was made")
+    assert note == f"note: {RECORDED}: {key}={text}: set by the user when the file was made, and applied here"
+
+
+def test_a_setting_the_checkpoint_needed_is_no_doubt(made: Callable[..., Path], tmp_path: Path) -> None:
+    source = tmp_path / "drafter"
+    shutil.copytree(PAIR / "drafter", source)
+    config = json.loads((source / "config.json").read_text())
+    theta = config["rope_parameters"].pop("rope_theta")
+    (source / "config.json").write_text(json.dumps(config))
+    out = tmp_path / "out.gguf"
+    settings = {"rope_parameters.rope_theta": str(theta)}
+    convert(ConvertJob(source, PAIR / "target", "llama.cpp", "Q8_0", out, settings=settings))
+    gate = against(out, source)
     assert gate.outcome is Outcome.PASS
-    assert gate.details == (
-        f"note: {RECORDED}: {key}={text}: set by the user when the file was made, and applied here",
-    )
+    assert [line for line in gate.details if "rope_theta" in line] == list(gate.details[:1])
 
 
 def test_the_users_settings_of_today_go_before_the_recorded(made: Callable[..., Path]) -> None:
@@ -100,8 +118,9 @@ def test_the_users_settings_of_today_go_before_the_recorded(made: Callable[..., 
 def test_facts_given_to_redialect_are_the_users(made: Callable[..., Path], tmp_path: Path) -> None:
     redialect(RedialectJob(made("Q8_0"), None, "ik_llama.cpp", tmp_path / "o.gguf", settings={"rope.theta": "5000000"}))
     gate = against(tmp_path / "o.gguf")
-    assert gate.outcome is Outcome.PASS
-    assert "rope.theta=5000000" in gate.details[0]
+    assert gate.outcome is Outcome.UNDECIDED
+    assert "rope.theta: the checkpoint says 10000000.0, the file 5000000.0" in gate.details[0]
+    assert "rope.theta=5000000" in gate.details[1]
 
 
 def test_a_setting_that_cannot_be_is_wrong_input(made: Callable[..., Path], tmp_path: Path) -> None:

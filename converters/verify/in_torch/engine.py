@@ -12,12 +12,12 @@ import torch
 import transformers
 from transformers import AutoTokenizer
 
-from convert_drafter.converters.against_source import recorded_settings
 from convert_drafter.converters.convert import read_published
 from convert_drafter.converters.doctor import STRUCTURE
 from convert_drafter.converters.drafter_file import DrafterFile, read_drafter_file
 from convert_drafter.converters.errors import MissingEngine, WrongInput
 from convert_drafter.converters.roles import TensorKey
+from convert_drafter.converters.source_facts import recorded_settings
 from convert_drafter.converters.target import read_target
 from convert_drafter.converters.verdict import Diagnosis, Gate, Outcome
 from convert_drafter.converters.verify import gates
