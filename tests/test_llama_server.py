@@ -592,10 +592,12 @@ def test_one_that_will_not_end_is_killed(
 
 
 SCRIPT = """
+import signal
 import sys
 from pathlib import Path
 from convert_drafter.converters.verify.in_llama_cpp.answers import run_prompts
 from convert_drafter.converters.verify.in_llama_cpp.probe import find_server
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 try:
     run_prompts(find_server(Path(sys.argv[1])), Path(sys.argv[2]), [[1, 2]], 8)
 except KeyboardInterrupt:
