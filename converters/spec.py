@@ -81,10 +81,26 @@ class SlidingWindow:
 
 
 @dataclass(frozen=True)
-class DrafterSpec:
-    """Every fact about one drafter. Required facts have no default; None says "this drafter has none".
+class Convolution:
+    """DFlash2's filters along a block: taps (the current token is the first), channels that share a dynamic kernel."""
 
-    Raises `BadFact` where two facts of one config contradict each other.
+    kernel_size: int
+    group_size: int
+
+
+@dataclass(frozen=True)
+class Selector:
+    """DFlash2's choice among the `top_k` likeliest tokens of a position, by codebooks of `rank` columns."""
+
+    rank: int
+    top_k: int
+
+
+@dataclass(frozen=True)
+class DrafterSpec:
+    """Every fact about one drafter. None says "this drafter has none"; OF_KIND lists what a kind cannot be without.
+
+    Raises `BadFact` where two facts of one config contradict each other, or one that its kind needs is missing.
     """
 
     kind: str
@@ -98,64 +114,97 @@ class DrafterSpec:
     vocab_size: int  # rows of the target's embedding
     norm_epsilon: float
     rope: Rope
-    block_size: int  # tokens of one block, the anchor included: block_size - 1 are drafted
-    mask_token_id: int
-    capture_layers: tuple[int, ...]  # zero-based; hidden state AFTER target layer k; order is fc's column order
     target_layer_count: int
     target_hidden_size: int
     causal: bool  # inside the block: may a token only look at earlier ones
+    block_size: int | None = None  # tokens of one block, the anchor included; None where tokens are drafted one by one
+    mask_token_id: int | None = None
+    capture_layers: tuple[int, ...] = ()  # zero-based; hidden state AFTER target layer k; order is fc's column order
     window: SlidingWindow | None = None
     context_theta: float | None = None  # base for the context's keys where it differs from rope.theta (MiMo)
     attention_value_scale: float | None = None
     embedding_scale: float | None = None
     logit_scale: float | None = None
     logit_softcap: float | None = None
+    convolution: Convolution | None = None
+    selector: Selector | None = None
+
+    @property
+    def draft_length(self) -> int:
+        """The most tokens drafted in one step: a block without its anchor; a chain ends where llama.cpp ends it."""
+        return CHAIN_LENGTH if self.block_size is None else self.block_size - 1
 
     def __post_init__(self) -> None:
+        facts = facts_of(self)
+        for field in sorted(OF_KIND.get(self.kind, frozenset()) - set(facts)):
+            raise BadFact(field, None, "a value")
         for field in _POSITIVE:
-            value = getattr(self, field)
-            if value is not None and value <= 0:
-                raise BadFact(field, value, "a number above 0")
+            if facts.get(field, 1) <= 0:  # type: ignore[operator]
+                raise BadFact(field, facts[field], "a number above 0")
         for field, ok, expected in self._contradictions():
             if not ok:
                 raise BadFact(field, getattr(self, field.split(".")[0]), expected)
 
     def _contradictions(self) -> list[tuple[str, bool, str]]:
         """(field, holds, expected) for every rule that one config can break."""
-        layers, depth = self.capture_layers, self.target_layer_count
+        layers, depth, block, mask = self.capture_layers, self.target_layer_count, self.block_size, self.mask_token_id
         window_length = self.layer_count if self.window is None else len(self.window.layers)
+        group = 1 if self.convolution is None else self.convolution.group_size
         return [
             ("kv_head_count", self.head_count % self.kv_head_count == 0, f"a divisor of head_count {self.head_count}"),
-            ("block_size", self.block_size >= 2, "at least 2: the anchor and one drafted token"),
+            ("block_size", block is None or block >= 2, "at least 2: the anchor and one drafted token"),
             ("vocab_size", self.vocab_size <= MAX_VOCAB, f"at most {MAX_VOCAB}, far above any tokenizer"),
-            ("mask_token_id", 0 <= self.mask_token_id < self.vocab_size, f"inside the vocabulary of {self.vocab_size}"),
-            ("capture_layers", len(layers) > 0, "at least one target layer"),
+            (
+                "mask_token_id",
+                mask is None or 0 <= mask < self.vocab_size,
+                f"inside the vocabulary of {self.vocab_size}",
+            ),
             ("capture_layers", len(set(layers)) == len(layers), "each target layer once"),
             ("capture_layers", all(0 <= k < depth for k in layers), f"zero-based, below the target's depth {depth}"),
             ("rope", self.rope.dimensions <= self.head_dim, f"at most head_dim {self.head_dim} rotated dimensions"),
             ("context_theta", self.context_theta is None or self.context_theta > 0, "a theta above 0"),
             ("window", window_length == self.layer_count, f"one entry for each of {self.layer_count} layers"),
+            ("convolution", self.hidden_size % group == 0, f"groups that divide the hidden size {self.hidden_size}"),
         ]
 
 
+CHAIN_LENGTH = 3
 _POSITIVE = (
     "layer_count", "hidden_size", "feed_forward_size", "head_count", "kv_head_count", "head_dim", "context_length",
     "vocab_size", "norm_epsilon", "target_layer_count", "target_hidden_size",
+    "convolution.kernel_size", "convolution.group_size", "selector.rank", "selector.top_k",
     # a zero in these keys means "none" to llama.cpp, and would mean something else here
     "attention_value_scale", "embedding_scale", "logit_scale", "logit_softcap",
 )  # fmt: skip
+# Facts that a kind cannot be without, beside those of every drafter.
+_BLOCK = frozenset({"block_size", "mask_token_id", "capture_layers"})
+OF_KIND: dict[str, frozenset[str]] = {
+    "dflash": _BLOCK,
+    "dflash2": _BLOCK | {"convolution.kernel_size", "convolution.group_size", "selector.rank", "selector.top_k"},
+}
 
 
 # --- the spec as a flat table of facts: what dialects, inspect and doctor work on ---
 
-_NESTED: dict[str, type] = {"rope": Rope, "rope.scaling": RopeScaling, "window": SlidingWindow}
+_NESTED: dict[str, type] = {
+    "rope": Rope,
+    "rope.scaling": RopeScaling,
+    "window": SlidingWindow,
+    "convolution": Convolution,
+    "selector": Selector,
+}
 
 
 # Field paths that every drafter has.
-REQUIRED = {field.name for field in fields(DrafterSpec) if field.default is MISSING and field.name != "rope"} | {
+COMMON = {field.name for field in fields(DrafterSpec) if field.default is MISSING and field.name != "rope"} | {
     "rope.theta",
     "rope.dimensions",
 }
+
+
+def required(kind: str) -> frozenset[str]:
+    """Field paths that every drafter of a kind has."""
+    return OF_KIND[kind] | COMMON
 
 
 def facts_of(spec: DrafterSpec) -> dict[str, object]:
@@ -168,7 +217,7 @@ def _flatten(part: object, prefix: str) -> Iterator[tuple[str, object]]:
         path, value = f"{prefix}{field.name}", getattr(part, field.name)
         if path in _NESTED and value is not None:
             yield from _flatten(value, f"{path}.")
-        elif value is not None:
+        elif value is not None and value != ():
             yield path, value
 
 

@@ -18,7 +18,7 @@ from convert_drafter.converters.gguf_read import GGUFFile
 from convert_drafter.converters.plan import unplaced
 from convert_drafter.converters.recipes import ALWAYS_F32, RECIPES
 from convert_drafter.converters.roles import TensorKey
-from convert_drafter.converters.spec import REQUIRED, DrafterSpec, spec_from
+from convert_drafter.converters.spec import DrafterSpec, required, spec_from
 from convert_drafter.converters.target import Target
 from convert_drafter.converters.tensor_errors import decoder
 
@@ -33,10 +33,9 @@ SILENTLY = {
 SILENTLY_IN = {"lucebox": {"rope.theta": "0", "block_size": "0"}, "ik_llama.cpp": {"mask_token_id": "0"}}
 # Tensors that tell another kind of drafter under an architecture that DFlash shares with it.
 OTHER_KINDS = {
-    "markov_w1.weight": "DSpark", "dflash.dspark.markov.w1": "DSpark", "selector_hidden.weight": "DFlash2",
-    "dflash.selector.hproj.weight": "DFlash2", "d2t": "DFlash with a reduced vocabulary",
-    "dflash.domino.start": "Domino", "dflash_aux_hidden_norm.0.weight": "Laguna DFlash",
-    "dflash.aux_hidden_norm.0.weight": "Laguna DFlash",
+    "markov_w1.weight": "DSpark", "dflash.dspark.markov.w1": "DSpark", "dflash.selector.hproj.weight": "DFlash2",
+    "d2t": "DFlash with a reduced vocabulary", "dflash.domino.start": "Domino",
+    "dflash_aux_hidden_norm.0.weight": "Laguna DFlash", "dflash.aux_hidden_norm.0.weight": "Laguna DFlash",
 }  # fmt: skip
 SCALINGS = ("linear", "yarn")
 # Values that contradict nothing, so that one bad fact does not hide the next.
@@ -112,10 +111,11 @@ def key_of(file: GGUFFile, cell: Cell, field: str) -> str:
 
 def _missing(file: GGUFFile, cell: Cell, facts: Facts) -> Iterator[str]:
     """Keys that the runtime needs or would silently replace."""
-    told = REQUIRED & set(facts)
+    needed = required(cell.kind)
+    told = needed & set(facts)
     for row in cell.rows:
         key = row.key.format(a=cell.arch)
-        if key in file.keys or row.field not in REQUIRED:
+        if key in file.keys or row.field not in needed:
             continue
         if row.field not in told or (row.field == "head_dim" and not _square(facts)):
             silently = SILENTLY_IN.get(cell.runtime, {}).get(row.field) or SILENTLY.get(row.field)
@@ -176,7 +176,9 @@ def _mended(facts: Facts, field: str) -> Facts | None:
         return {**facts, field: tuple(range(count)), "target_layer_count": max(count, facts["target_layer_count"])}
     if field in HARMLESS:
         return {**facts, field: HARMLESS[field]}
-    return None if field in REQUIRED else _without(facts, field.split(".")[0] if field.startswith("window") else field)
+    if field in required(facts["kind"]):
+        return None
+    return _without(facts, field.split(".")[0] if field.startswith("window") else field)
 
 
 def _contradiction(file: GGUFFile, cell: Cell, facts: Facts, bad: BadFact) -> str:

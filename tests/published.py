@@ -109,6 +109,23 @@ def dflash_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def dflash2_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """What a DFlash2 checkpoint has beside those."""
+    inner, hidden, vocab = config["dflash_config"], config["hidden_size"], config["vocab_size"]
+    taps, groups = inner["conv_kernel_size"], config["hidden_size"] // inner["conv_group_size"]
+    rank = inner["selector_rank"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "candidate_selector.hidden_projection.weight": (rank, hidden),
+        "candidate_selector.predecessor_codebook": (vocab, rank),
+        "candidate_selector.successor_codebook": (vocab, rank),
+    }
+    for i in range(config["num_hidden_layers"]):
+        for part in ("attention_conv", "mlp_conv"):
+            shapes[f"layers.{i}.{part}.base_kernel"] = (2, taps, hidden)
+            shapes[f"layers.{i}.{part}.kernel_projection.weight"] = (2 * taps * groups, hidden)
+    return shapes
+
+
 def random_tensors(shapes: Mapping[str, tuple[int, ...]], dtype: Any = ml_dtypes.bfloat16) -> dict[str, np.ndarray]:
     """Seeded normal weights; the same name and shape always give the same numbers."""
     out = {}
@@ -176,7 +193,7 @@ def _small_widths(config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def published_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Tensors of a scaled-down DFlash config, with the biases and sinks it announces; absent keys are made up."""
+    """Tensors of a scaled-down config, with the biases, sinks and parts it announces; absent keys are made up."""
     full = {**_small_widths({}), "num_hidden_layers": 2, **{k: v for k, v in config.items() if v is not None}}
     shapes = dflash_shapes(full)
     inner = config.get("dflash_config") or {}
@@ -187,7 +204,7 @@ def published_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
             shapes |= {f"{name}.bias": shapes[f"{name}.weight"][:1] for name in names}
         if inner.get("attention_sink_bias"):
             shapes[f"{attention}attention_sink_bias"] = (full["num_attention_heads"],)
-    return shapes
+    return shapes | (dflash2_shapes(full) if inner.get("selector_rank") else {})
 
 
 def tiny_target(folder: Path, **config: Any) -> Path:

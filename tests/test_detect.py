@@ -52,11 +52,14 @@ def test_dflash(tensors: tuple[str, ...], architectures: list[str] | None) -> No
     assert found(tensors, architectures=architectures) is DFLASH
 
 
+@pytest.mark.parametrize("label", ["DFlash2DraftModel", "DFlashDraftModel"], ids=["its own", "G-15 DFlash's"])
+def test_dflash2_under_either_label(label: str) -> None:
+    assert found(DFLASH2, architectures=[label]) is KINDS["dflash2"]
+
+
 @pytest.mark.parametrize(
     ("tensors", "architectures", "kind"),
     [
-        pytest.param(DFLASH2, ["DFlash2DraftModel"], "DFlash2", id="DFlash2"),
-        pytest.param(DFLASH2, ["DFlashDraftModel"], "DFlash2", id="G-15 DFlash2 weights, DFlash label"),
         pytest.param(DSPARK, ["DSparkDraftModel"], "DSpark", id="DSpark"),
         pytest.param(DSPARK, ["DFlashDraftModel"], "DSpark", id="G-15 DSpark weights, DFlash label"),
         pytest.param(DSPARK, ["Qwen3DSparkModel"], "DSpark", id="DeepSpec"),

@@ -15,15 +15,24 @@ from hypothesis import strategies as st
 from published import FIXTURES
 
 from convert_drafter.converters.config import ConfigReader
-from convert_drafter.converters.dialects import CELLS, Cell, cell_of_arch, doubts, find_cell, objections, read, write
-from convert_drafter.converters.drafters import KINDS
+from convert_drafter.converters.dialects import CELLS, Cell, cell_of_names, doubts, find_cell, objections, read, write
+from convert_drafter.converters.drafters import KINDS, rules_of
 from convert_drafter.converters.errors import WrongInput, WrongUsage
 from convert_drafter.converters.gguf_file import KeyValue
 from convert_drafter.converters.roles import Role
-from convert_drafter.converters.spec import DrafterSpec, Rope, RopeScaling, SlidingWindow, facts_of, spec_from
+from convert_drafter.converters.spec import (
+    Convolution,
+    DrafterSpec,
+    Rope,
+    RopeScaling,
+    Selector,
+    SlidingWindow,
+    facts_of,
+    spec_from,
+)
 
 CELL_LIST = list(CELLS.values())
-by_runtime = pytest.mark.parametrize("cell", CELL_LIST, ids=lambda cell: cell.runtime)
+by_runtime = pytest.mark.parametrize("cell", CELL_LIST, ids=lambda cell: f"{cell.runtime} {cell.kind}")
 
 PLAIN = DrafterSpec(
     kind="dflash",
@@ -68,6 +77,11 @@ RICHEST = {
     ),
     "lucebox": PLAIN,
 }
+# What a kind has beside it.
+OWN: dict[str, dict[str, Any]] = {
+    "dflash": {},
+    "dflash2": {"convolution": Convolution(2, 16), "selector": Selector(24, 7)},
+}
 
 
 def keys_of(cell: Cell, spec: DrafterSpec) -> dict[str, KeyValue]:
@@ -80,8 +94,16 @@ def test_golden_keys(cell: Cell) -> None:
 
     T-51: capture layers per dialect; T-5: element types; A1-17: Lucebox's key list.
     """
-    golden = json.loads((FIXTURES / "dialects" / f"{cell.runtime}.json").read_text())
-    assert golden == {"keys": shown(write(cell, RICHEST[cell.runtime])), "tensors": tensor_names(cell)}
+    golden = json.loads((FIXTURES / "dialects" / f"{cell.runtime}-{cell.kind}.json").read_text())
+    assert golden == {"keys": shown(write(cell, richest(cell))), "tensors": tensor_names(cell)}
+
+
+def richest(cell: Cell) -> DrafterSpec:
+    return of_kind(RICHEST[cell.runtime], cell)
+
+
+def of_kind(spec: DrafterSpec, cell: Cell) -> DrafterSpec:
+    return replace(spec, kind=cell.kind, **OWN[cell.kind])
 
 
 def shown(keys: tuple[KeyValue, ...]) -> dict[str, Any]:
@@ -92,12 +114,13 @@ def shown(keys: tuple[KeyValue, ...]) -> dict[str, Any]:
 
 
 def tensor_names(cell: Cell) -> dict[str, str | None]:
-    return {role.name: cell.tensor_name((role, 2 if role.per_layer else None)) for role in Role}
+    roles = dict.fromkeys(rule.role for rule in rules_of(cell.kind))
+    return {role.name: cell.tensor_name((role, 2 if role.per_layer else None)) for role in Role if role in roles}
 
 
 @by_runtime
 def test_richest_spec_comes_back(cell: Cell) -> None:
-    spec = RICHEST[cell.runtime]
+    spec = richest(cell)
     assert objections(cell, spec) == []
     assert spec_from(read(cell, keys_of(cell, spec))) == spec
 
@@ -337,9 +360,11 @@ def test_every_cell_names_every_role_of_its_kind_or_says_it_has_none() -> None:
         assert all(cell.tensor_name((role, 0 if role.per_layer else None)) for role in required)
 
 
-def test_architectures_tell_cells_apart() -> None:
-    assert [cell_of_arch(cell.arch) for cell in CELL_LIST] == CELL_LIST
-    assert cell_of_arch("llama") is None
+def test_architecture_and_telling_tensor_tell_cells_apart() -> None:
+    names = [() if cell.telling is None else (cell.tensor_name((cell.telling, None)),) for cell in CELL_LIST]
+    found = [cell_of_names(cell.arch, told) for cell, told in zip(CELL_LIST, names, strict=True)]
+    assert found == CELL_LIST
+    assert cell_of_names("llama", ()) is None
 
 
 def test_a_missing_cell_names_what_the_runtime_loads() -> None:

@@ -35,7 +35,7 @@ from convert_drafter.converters.verify.in_llama_cpp.probe import (
     parse_help,
     probe,
 )
-from convert_drafter.converters.verify.in_llama_cpp.process import EngineFailure, Log, child
+from convert_drafter.converters.verify.in_llama_cpp.process import EngineFailure, Log, child, ending
 from convert_drafter.converters.verify.in_llama_cpp.serving import Limits, Server, Setup, options, serving
 from convert_drafter.converters.verify.in_llama_cpp.tokens import ServerTokenizer
 
@@ -527,6 +527,13 @@ def test_a_lack_of_memory_is_no_answer_about_the_file() -> None:
     found = EngineFailure("loading", "was killed", Log(""), -signal.SIGKILL)
     assert (found.exit_code, found.signal) == (3, "SIGKILL")
     assert EngineFailure("loading", "ended", Log(""), 134).signal == "SIGABRT"  # through a shell
+
+
+@pytest.mark.parametrize("status", [-signal.SIGILL, 128 + signal.SIGILL])
+def test_an_engine_for_another_processor_is_no_answer_about_the_file(status: int) -> None:
+    found = EngineFailure("loading", ending(status), Log(""), status)
+    assert found.exit_code == 4
+    assert "llama-server stopped at an instruction this processor does not have" in str(found)
 
 
 def test_an_option_it_does_not_know_is_the_engines_fault(tmp_path: Path, files: tuple[Path, Path]) -> None:

@@ -45,7 +45,7 @@ from convert_drafter.converters.dialects.cell import OWN_ROWS
 from convert_drafter.converters.drafter_file import SETTABLE
 from convert_drafter.converters.gguf_file import KeyValue, StoredTensor, partial_name, write_gguf
 from convert_drafter.converters.gguf_read import GGUFFile, read_gguf
-from convert_drafter.converters.spec import REQUIRED
+from convert_drafter.converters.spec import required
 
 T, Q = GGUFValueType, GGMLQuantizationType
 Keys = dict[str, KeyValue]
@@ -264,7 +264,7 @@ def dropping(*names: str) -> Edit:
 
 # --- facts that are not there ---
 
-NEEDED = sorted(REQUIRED - {"kind"} | {"window.size", "window.layers"})
+NEEDED = sorted(required("dflash") - {"kind"} | {"window.size", "window.layers"})
 CARRIED = [
     (cell.runtime, name)
     for cell in CELLS.values()
@@ -378,7 +378,7 @@ def test_what_is_given_is_checked(pair: Made, tmp_path: Path, given: dict[str, s
 
 
 def test_every_fact_of_a_row_can_be_given() -> None:
-    assert set(SETTABLE) >= REQUIRED - {"kind"}
+    assert set(SETTABLE) >= required("dflash") - {"kind"}
 
 
 # --- files of other converters ---

@@ -21,7 +21,8 @@ pytestmark = pytest.mark.engine
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from convert_drafter.converters.verify.in_torch.reference.dflash import DFlash, block_visibility, draft  # noqa: E402
+from convert_drafter.converters.verify.in_torch.reference.dflash import DFlash, block_visibility  # noqa: E402
+from convert_drafter.converters.verify.in_torch.reference.drafter import Tables  # noqa: E402
 from convert_drafter.converters.verify.in_torch.reference.rope import attention_factor, frequencies, rotate  # noqa: E402
 from convert_drafter.converters.verify.in_torch.weights import (  # noqa: E402
     Weights,
@@ -183,7 +184,7 @@ def drafted(spec: DrafterSpec, weights: Weights, anchor: int, count: int, positi
     drafter = reference(spec, weights)
     embedding, head, captured = map(torch.from_numpy, inputs(positions))
     context = drafter.inject(drafter.fuse(captured), torch.arange(positions))
-    return draft(drafter, embedding, head, context, anchor, count).numpy()
+    return drafter.draft(context, anchor, count, Tables(embedding, head)).logits.numpy()
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -335,7 +336,8 @@ def test_a_file_drafts_like_its_checkpoint(
     rng = np.random.default_rng(4)
     embedding, head = (torch.from_numpy(rng.standard_normal((2048, 64)).astype(np.float32)) for _ in range(2))
     captured = torch.from_numpy(rng.standard_normal((9, 128)).astype(np.float32))
-    logits = [draft(m, embedding, head, m.inject(m.fuse(captured), torch.arange(9)), 17, 5).numpy() for m in (a, b)]
+    tables = Tables(embedding, head)
+    logits = [m.draft(m.read(None, captured, (), tables), 17, 5, tables).logits.numpy() for m in (a, b)]
     assert np.array_equal(*logits)
 
 

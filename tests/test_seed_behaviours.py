@@ -282,9 +282,12 @@ def test_lucebox_loses_no_tensor(tmp_path: Path, name: str) -> None:
     config = small_config()
     shapes = {**dflash_shapes(config), name: (256, 64) if "sinks" not in name else (4,)}
     source = write_checkpoint(tmp_path / "drafter", config, random_tensors(shapes))
-    with pytest.raises(WrongInput) as caught:
-        convert(ConvertJob(source, None, LUCEBOX, "F32", tmp_path / "out.gguf"))
-    assert name in str(caught.value) or "the tensors are those of DFlash2" in str(caught.value)
+    kernel = {f"dflash_config.{key}": "2" for key in ("conv_kernel_size", "conv_group_size")}
+    selector = {f"dflash_config.{key}": "2" for key in ("selector_rank", "selector_top_k")}
+    settings = kernel | selector if "candidate" in name else {}
+    with pytest.raises(DrafterError) as caught:
+        convert(ConvertJob(source, None, LUCEBOX, "F32", tmp_path / "out.gguf", settings=settings))
+    assert name in str(caught.value) or "lucebox has no loader for dflash2 drafters" in str(caught.value)
     assert not list(tmp_path.glob("out*"))
 
 

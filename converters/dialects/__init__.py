@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from convert_drafter.converters.dialects import ik_llama_cpp, llama_cpp, lucebox
 from convert_drafter.converters.dialects.cell import Cell, doubts, objections, read, write
 from convert_drafter.converters.errors import WrongUsage
 
 CELLS: dict[tuple[str, str], Cell] = {
-    (cell.kind, cell.runtime): cell for cell in (llama_cpp.DFLASH, ik_llama_cpp.DFLASH, lucebox.DFLASH)
+    (cell.kind, cell.runtime): cell
+    for cell in (llama_cpp.DFLASH, ik_llama_cpp.DFLASH, lucebox.DFLASH, llama_cpp.DFLASH2)
 }
 RUNTIMES: tuple[str, ...] = tuple(dict.fromkeys(runtime for _, runtime in CELLS))
 
@@ -20,9 +23,14 @@ def find_cell(kind: str, runtime: str) -> Cell:
     return CELLS[kind, runtime]
 
 
-def cell_of_arch(arch: str) -> Cell | None:
-    """The cell whose files say `general.architecture = arch`."""
-    return next((cell for cell in CELLS.values() if cell.arch == arch), None)
+def cell_of_names(arch: str, names: Collection[str]) -> Cell | None:
+    """The cell of a file that says `general.architecture = arch` and has tensors of these names.
+
+    Kinds share an architecture: the one whose telling tensor is there, else the one that needs none.
+    """
+    cells = [cell for cell in CELLS.values() if cell.arch == arch]
+    telling = [cell for cell in cells if cell.telling is not None and cell.tensor_name((cell.telling, None)) in names]
+    return next(iter([*telling, *(cell for cell in cells if cell.telling is None)]), None)
 
 
-__all__ = ["CELLS", "RUNTIMES", "Cell", "cell_of_arch", "doubts", "find_cell", "objections", "read", "write"]
+__all__ = ["CELLS", "RUNTIMES", "Cell", "cell_of_names", "doubts", "find_cell", "objections", "read", "write"]

@@ -110,7 +110,8 @@ class Cell:
     `names` lists the tensors called otherwise than the role says, None where the loader has no such tensor;
     `harmless` the facts that may be lost, with the reason; `needs` a tensor that may not come without another;
     `targets` the target architectures that hand out hidden states, True where also the last layer's; `tokenizer`
-    tells whether the file carries the target's.
+    tells whether the file carries the target's; `telling` is the tensor that tells this kind's files from those of
+    another kind under the same `arch`.
     """
 
     kind: str
@@ -128,6 +129,7 @@ class Cell:
     targets: Mapping[str, bool] | None = None
     tokenizer: bool = True
     notes: tuple[Note, ...] = ()
+    telling: Role | None = None
 
     def tensor_name(self, key: TensorKey) -> str | None:
         """The runtime's name of a tensor, or None where its loader has none."""
@@ -213,7 +215,7 @@ def doubts(cell: Cell, spec: DrafterSpec, architecture: str | None = None) -> li
 
 
 def _captures_last(spec: DrafterSpec) -> bool:
-    return max(spec.capture_layers) == spec.target_layer_count - 1
+    return max(spec.capture_layers, default=-1) == spec.target_layer_count - 1
 
 
 def write(cell: Cell, spec: DrafterSpec) -> tuple[KeyValue, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from convert_drafter.converters.dialects.cell import (
     ARRAY,
     BIDIRECTIONAL,
@@ -104,4 +106,27 @@ DFLASH = Cell(
             lambda spec: (spec.logit_scale, spec.logit_softcap) != (None, None),
         ),
     ),
+)
+
+# The same loader: a candidate selector among the tensors makes another graph of it.
+DFLASH2 = replace(
+    DFLASH,
+    kind="dflash2",
+    rows=(
+        *DFLASH.rows,
+        Row("{a}.conv_kernel_size", U32, "convolution.kernel_size"),
+        Row("{a}.conv_group_size", U32, "convolution.group_size"),
+        Row("{a}.selector_rank", U32, "selector.rank"),
+        Row("{a}.selector_top_k", U32, "selector.top_k"),
+    ),
+    limits=(
+        *DFLASH.limits,
+        Limit(
+            "selector.top_k",
+            lambda s: s.selector is None or s.selector.top_k * (s.selector.top_k + 1) <= s.hidden_size,
+            "llama.cpp packs top_k * (top_k + 1) scores into a row of the hidden size",
+        ),
+    ),
+    notes=DFLASH.notes[:1],
+    telling=Role.SELECTOR_HIDDEN,
 )

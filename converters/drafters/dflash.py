@@ -6,6 +6,8 @@ collected from the published configs in `fixtures/configs`.
 
 from __future__ import annotations
 
+from typing import Any
+
 from convert_drafter.converters.config import ConfigReader, lookup
 from convert_drafter.converters.drafters.kind import Headers, Kind
 from convert_drafter.converters.drafters.rope import LAYER_TYPES, read_half_split, read_rope
@@ -37,6 +39,17 @@ IGNORED = (
 def read_spec(reader: ConfigReader, headers: Headers, target: Target | None) -> DrafterSpec:
     """Every fact of a DFlash checkpoint. Raises `WrongInput` naming the key that is missing or wrong."""
     check_assumptions(reader)
+    for path in ("sample_from_anchor", "dflash_config.sample_from_anchor"):
+        reader.expect(path, False, "a DFlash block starts with the anchor, which is not drafted")
+    for path in ("markov_rank", "dflash_config.markov_rank"):
+        reader.expect(path, 0, "a Markov head makes it a DSpark drafter, and there is none among the tensors")
+    return read_block_spec("dflash", reader, headers, target)
+
+
+def read_block_spec(
+    kind: str, reader: ConfigReader, headers: Headers, target: Target | None, **own: Any
+) -> DrafterSpec:
+    """Any drafter that denoises a block over captured hidden states; `own` are the facts that only its kind has."""
     refuse_mask_embedding(headers)
     layer_count = read_layer_count(reader, headers)
     hidden = reader.get("hidden_size", int, "hidden_size", "n_embd")
@@ -47,7 +60,7 @@ def read_spec(reader: ConfigReader, headers: Headers, target: Target | None) -> 
     captures = read_captures(reader)
     uses_mrope = None if target is None else target.uses_mrope
     return DrafterSpec(
-        kind="dflash",
+        kind=kind,
         layer_count=layer_count,
         hidden_size=hidden,
         feed_forward_size=reader.get("feed_forward_size", int, "intermediate_size"),
@@ -75,6 +88,7 @@ def read_spec(reader: ConfigReader, headers: Headers, target: Target | None) -> 
             "logit_softcap", float, "dflash_config.final_logit_softcapping", "final_logit_softcapping"
         )
         or None,  # zero turns it off
+        **own,
     )
 
 
@@ -89,10 +103,6 @@ def check_assumptions(reader: ConfigReader) -> None:
     for path in ("hidden_act", "hidden_activation"):
         reader.expect(path, "silu", "DFlash's feed-forward is SwiGLU")
     reader.expect("rope_interleave", False, "interleaved rotary pairs are understood as rope_is_neox_style: false")
-    for path in ("sample_from_anchor", "dflash_config.sample_from_anchor"):
-        reader.expect(path, False, "a DFlash block starts with the anchor, which is not drafted")
-    for path in ("markov_rank", "dflash_config.markov_rank"):
-        reader.expect(path, 0, "a Markov head makes it a DSpark drafter, which is not converted yet")
 
 
 def refuse_mask_embedding(headers: Headers) -> None:

@@ -26,7 +26,7 @@ from convert_drafter.converters.redialect import (
     prepare_redialect,
     write_redialection,
 )
-from convert_drafter.converters.spec import REQUIRED
+from convert_drafter.converters.spec import required
 
 WINDOW = {"window.size", "window.layers"}
 NOTHING = "null"  # how "this drafter has none" is spelled among the settings
@@ -57,10 +57,11 @@ def prepare_repair(file: Path, facts: Mapping[str, Any], out: Path) -> Redialect
 
 
 def _check(file: Path, facts: Mapping[str, Any]) -> None:
+    needed = required(cell_of_file(read_gguf(file)).kind)
     for name, value in facts.items():
         if name not in SETTABLE:
             raise WrongUsage(f"{name}: no fact of a drafter's file; there are: {', '.join(sorted(SETTABLE))}")
-        if value is None and name in REQUIRED:
+        if value is None and name in needed:
             raise WrongUsage(f"{name}: found no value to repair {file} with, expected one: every drafter has it")
 
 

@@ -11,7 +11,9 @@ from torch import Tensor
 from convert_drafter.converters.errors import WrongInput
 from convert_drafter.converters.verify.acceptance import Acceptance, matching, total
 from convert_drafter.converters.verify.diagnosis.view import View
-from convert_drafter.converters.verify.in_torch.drafting import Drafting, Variant
+from convert_drafter.converters.verify.in_torch.drafting import Drafting, Variant, captured_states
+from convert_drafter.converters.verify.in_torch.reference.dflash import Context, DFlash
+from convert_drafter.converters.verify.in_torch.reference.drafter import Drafted, Tables
 from convert_drafter.converters.verify.in_torch.same_drafts import compare
 from convert_drafter.converters.verify.in_torch.target import TorchTarget
 from convert_drafter.converters.verify.in_torch.texts import Text
@@ -84,11 +86,11 @@ class Trials:
         """On the passages alone."""
         drafting, steps, committed, divergence, drafts = self._drafting(view), 0, 0, 0.0, 0
         for passage in self._passages:
-            logits = blocks(drafting, passage.text, passage.anchors)
-            for right in walk(logits.argmax(-1).tolist(), passage):
+            drafted = blocks(drafting, passage.text, passage.anchors)
+            for right in walk(drafted.tokens.tolist(), passage):
                 steps, committed = steps + 1, committed + right + 1
             if passage.wanted is not None:
-                off, count = _divergence(passage.wanted, logits[::COMPARED])
+                off, count = _divergence(passage.wanted, drafted.logits[::COMPARED])
                 divergence, drafts = divergence + off, drafts + count
         return Score(committed / steps, None if self._original is None else divergence / drafts)
 
@@ -102,31 +104,41 @@ class Trials:
         anchors = range(start, min(end, start + ANCHORS))
         if self._original is None:
             return Passage(text, anchors, None)
-        wanted = blocks(self._original, text, anchors)[::COMPARED].log_softmax(-1)
+        wanted = blocks(self._original, text, anchors).logits[::COMPARED].log_softmax(-1)
         return Passage(text, anchors, wanted)
 
 
 @torch.inference_mode()
-def blocks(drafting: Drafting, text: Text, anchors: range) -> Tensor:
-    """Logits (anchors, drafts, vocab) f32 of all blocks in one pass: none of them sees another one."""
-    drafter, target, spec = drafting.drafter, drafting.target, drafting.variant.spec
-    embedding, head = drafter.tables(target.embedding, target.head)
-    count = min(spec.block_size, text.limit - anchors[-1])  # tokens of a block
-    captured = torch.cat([text.states[k] for k in drafting.variant.captures], dim=-1)  # (T, K * H)
-    context_at = torch.arange(len(captured), device=captured.device)
-    context = drafter.inject(drafter.fuse(captured), context_at)
-    starts = torch.tensor(list(anchors), device=captured.device)
-    tokens = torch.full((len(anchors), count), spec.mask_token_id, device=captured.device)
+def blocks(drafting: Drafting, text: Text, anchors: range) -> Drafted:
+    """Drafts (anchors, count) and their logits (anchors, count, vocab) f32 of all anchors; none sees another one."""
+    count = min(drafting.variant.spec.draft_length, text.limit - 1 - anchors[-1])
+    drafter, tables = drafting.drafter, drafting.target.tables
+    context = drafter.read(None, captured_states(text, drafting.variant), text.tokens, tables)
+    if isinstance(drafter, DFlash) and not drafter.depends:
+        logits = blocks_at_once(drafter, context, text, anchors, count, tables)
+        return Drafted(logits.argmax(-1), logits)
+    each = [drafter.draft(drafter.until(context, p), text.tokens[p], count, tables) for p in anchors]
+    return Drafted(torch.stack([one.tokens for one in each]), torch.stack([one.logits.float() for one in each]))
+
+
+def blocks_at_once(drafter: DFlash, context: Context, text: Text, anchors: range, count: int, tables: Tables) -> Tensor:
+    """Logits (anchors, count, vocab) f32 in one pass: every block sees the context before it, and itself."""
+    spec, device = drafter.spec, tables.embedding.device
+    embedding, head = drafter.tables(*tables)
+    size = count + 1
+    context_at = torch.arange(context[0][0].shape[-2], device=device)
+    starts = torch.tensor(list(anchors), device=device)
+    tokens = torch.full((len(anchors), size), spec.mask_token_id, device=device)
     tokens[:, 0] = torch.tensor([text.tokens[position] for position in anchors])
-    at = (starts[:, None] + torch.arange(count, device=captured.device)).flatten()  # (anchors * count,)
-    mine = starts.repeat_interleave(count)
+    at = (starts[:, None] + torch.arange(size, device=device)).flatten()  # (anchors * size,)
+    mine = starts.repeat_interleave(size)
     sees_block = mine[:, None] == mine
     if spec.causal:
         sees_block = sees_block & (at[:, None] >= at)
     visible = torch.cat([context_at < mine[:, None], sees_block], dim=-1)
-    hidden = drafter(embedding[tokens.flatten()].to(captured.dtype), at, context, context_at, visible)
-    hidden = hidden.unflatten(0, (len(anchors), count))[:, 1:]
-    logits: Tensor = drafter.logits(hidden.flatten(0, 1), head).float().unflatten(0, (len(anchors), count - 1))
+    hidden = drafter(embedding[tokens.flatten()].to(drafter.fc.weight.dtype), at, context, context_at, visible)
+    hidden = hidden.unflatten(0, (len(anchors), size))[:, 1:]
+    logits: Tensor = drafter.logits(hidden.flatten(0, 1), head).float().unflatten(0, (len(anchors), count))
     return logits
 
 

@@ -112,7 +112,7 @@ def _drafting(
     job: VerifyJob, engine: Engine, asked: Asked, drafter: Path, spec: DrafterSpec, watch: Watch
 ) -> EngineRun:
     assert job.gguf is not None
-    length = spec.block_size - 1
+    length = spec.draft_length
     return run_prompts(engine, job.gguf, asked.tokens, job.new_tokens, drafter, length, job.threads, watch)
 
 

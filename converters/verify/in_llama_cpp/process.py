@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 from convert_drafter.converters.errors import DrafterError
 
+NO_ANSWER = {"SIGKILL": 3, "SIGILL": 4}  # exit codes of ends that say nothing of the file
 STOP_SECONDS = 5.0  # what a program asked to stop has until it is killed
 LAST_WORDS = 15  # lines of a log that a message shows
 TAIL_BYTES = 1 << 18
@@ -36,6 +37,8 @@ ABORTED = re.compile(r"\.(?:c|cc|cpp|cu|m|metal|h|hpp):\d+: ")
 class EngineFailure(DrafterError):
     """The engine crashed, hung or answered nonsense. With a drafter that is an answer (1), without the target's (3).
 
+    Some ends say nothing of any file: a system out of memory (3), an engine built for another processor (4).
+
     `phase` is what it was doing, `status` how it ended (negative: by that signal), None where it did not end;
     `reason` is the most telling line of its log, `log` the last ones.
     """
@@ -44,8 +47,7 @@ class EngineFailure(DrafterError):
         self.phase, self.what, self.status = phase, what, status
         self.log, self.with_drafter = log.tail, with_drafter
         self.reason = log.reason or next(iter(log.tail[-1:] if status is not None else ()), "")
-        out_of_memory = status in (-signal.SIGKILL, 128 + signal.SIGKILL)  # the kernel's way: says nothing of the file
-        self.exit_code = 1 if with_drafter and not out_of_memory else 3
+        self.exit_code = NO_ANSWER.get(self.signal or "", 1 if with_drafter else 3)
         told = f": {self.reason}" if self.reason else ""
         lines = "".join(f"\n    {line}" for line in self.log)
         super().__init__(f"llama-server {what} while {phase}{told}" + (f"\n  its last lines:{lines}" if lines else ""))
@@ -67,6 +69,8 @@ def _signal_name(status: int | None) -> str | None:
 def ending(status: int) -> str:
     """How a program ended, in words."""
     name = _signal_name(status)
+    if name == "SIGILL":
+        return "stopped at an instruction this processor does not have (SIGILL: it was built for another one)"
     if name == "SIGKILL":
         return "was killed (SIGKILL), as a system out of memory does,"
     return f"was ended by {name}" if name else f"ended with exit status {status}"

@@ -71,7 +71,7 @@ def _loss(bench: Bench, text: Text) -> list[Loss]:
     """The real loop, target and all, held against the text that the target wrote alone."""
     drafter = TorchDrafter(bench.file.drafter, bench.target, bench.file.variant.captures)
     count = text.limit - text.prompt_length
-    size = bench.file.variant.spec.block_size - 1
+    size = bench.file.variant.spec.draft_length
     tokens = speculative_loop(bench.target, drafter, text.prompt.tokens, count, size).tokens
     if tuple(tokens) == text.continuation:
         return []
@@ -96,7 +96,7 @@ def sweep(bench: Bench, prompts: Sequence[Encoded], lengths: Sequence[int], watc
 
 def time_steps(bench: Bench, prompt: Encoded, new_tokens: int, watch: Watch) -> StepTimes:
     """Medians over the steps of one text, which has to have some, decoded plainly and with a few draft lengths."""
-    lengths = lengths_to_time(bench.file.variant.spec.block_size - 1)
+    lengths = lengths_to_time(bench.file.variant.spec.draft_length)
     plain = speculative_loop(bench.target, None, prompt.tokens, new_tokens, 0)
     draft, verify = dict[int, float](), dict[int, float]()
     for done, length in enumerate(lengths):

@@ -5,16 +5,17 @@ The same steps as the loop's, without the target in between.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from convert_drafter.converters.spec import DrafterSpec
 from convert_drafter.converters.verify.acceptance import Acceptance, counted, matching
-from convert_drafter.converters.verify.in_torch.reference.dflash import Context, draft
+from convert_drafter.converters.verify.in_torch.reference.drafter import Drafted
 from convert_drafter.converters.verify.in_torch.target import TorchTarget
 from convert_drafter.converters.verify.in_torch.texts import Text
 from convert_drafter.converters.verify.in_torch.weights import Weights, reference
@@ -37,30 +38,32 @@ def variant(name: str | Path, spec: DrafterSpec, weights: Weights) -> Variant:
 class Reading:
     """A drafter that has read a whole text; every position of it can be drafted from."""
 
-    def __init__(self, drafting: Drafting, text: Text, context: Context) -> None:
-        self.text, self.size = text, drafting.variant.spec.block_size - 1
+    def __init__(self, drafting: Drafting, text: Text, context: Any) -> None:
+        self.text, self.size = text, drafting.variant.spec.draft_length
         self._drafting, self._context = drafting, context
         self._drafts: dict[int, list[int]] = {}
-        self._last: tuple[int, Tensor] | None = None  # one block's logits: with a large vocabulary they are megabytes
+        self._last: tuple[object, Drafted] | None = None  # one step's logits: a large vocabulary's are megabytes
 
-    def logits(self, position: int) -> Tensor:
-        """Logits (count, vocab) of the tokens after the one at `position`, as the loop would draft them there."""
-        if self._last is None or self._last[0] != position:
-            self._last = position, self._draft(position)
-            self._drafts[position] = self._last[1].argmax(-1).tolist()
+    def drafted(self, position: int, follow: Sequence[int] | None = None) -> Drafted:
+        """What the loop would draft after the token at `position`; with `follow` as if it had drafted these."""
+        follow = follow if self._drafting.drafter.depends else None
+        asked = (position, None if follow is None else tuple(follow))
+        if self._last is None or self._last[0] != asked:
+            self._last = asked, self._draft(position, follow)
+            if follow is None:
+                self._drafts[position] = self._last[1].tokens.tolist()
         return self._last[1]
 
     @torch.inference_mode()
-    def _draft(self, position: int) -> Tensor:
-        target, text = self._drafting.target, self.text
+    def _draft(self, position: int, follow: Sequence[int] | None) -> Drafted:
+        drafter, text = self._drafting.drafter, self.text
         count = min(self.size, text.limit - 1 - position)
-        context = [(k[..., :position, :], v[..., :position, :]) for k, v in self._context]
-        anchor = text.tokens[position]
-        return draft(self._drafting.drafter, target.embedding, target.head, context, anchor, count)
+        context = drafter.until(self._context, position)
+        return drafter.draft(context, text.tokens[position], count, self._drafting.target.tables, follow)
 
     def drafts(self, position: int) -> list[int]:
         if position not in self._drafts:
-            self.logits(position)
+            self.drafted(position)
         return self._drafts[position]
 
     def steps(self) -> Iterator[tuple[int, list[int], int]]:
@@ -87,9 +90,13 @@ class Drafting:
 
     @torch.inference_mode()
     def read(self, text: Text) -> Reading:
-        captured = torch.cat([text.states[k] for k in self.variant.captures], dim=-1)  # (T, K * H)
-        features = self.drafter.fuse(captured)
-        return Reading(self, text, self.drafter.inject(features, torch.arange(len(captured))))
+        context = self.drafter.read(None, captured_states(text, self.variant), text.tokens, self.target.tables)
+        return Reading(self, text, context)
 
     def walk(self, text: Text) -> Acceptance:
         return self.read(text).walk()
+
+
+def captured_states(text: Text, variant: Variant) -> Tensor:
+    """States of a text after the capture layers, side by side: (T, K * H)."""
+    return torch.cat([text.states[k] for k in variant.captures], dim=-1)

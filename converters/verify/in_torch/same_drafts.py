@@ -24,12 +24,16 @@ SEED = 7
 
 
 def compare(original: Reading, other: Reading) -> Agreement:
-    """Both drafters from the anchors of the original's steps. Drafts that a shorter block lacks count as differing."""
+    """Both drafters from the anchors of the original's steps, the other one after the original's drafts.
+
+    Drafts that a shorter block lacks count as differing.
+    """
     compared, equal, divergence, lacking = [0] * original.size, [0] * original.size, 0.0, 0
     for position, _, _ in original.steps():
-        a, b = original.logits(position), other.logits(position)
+        first, second = original.drafted(position), other.drafted(position, original.drafts(position))
+        a, b = first.logits, second.logits
         shared = min(len(a), len(b))
-        same = (a[:shared].argmax(-1) == b[:shared].argmax(-1)).tolist()
+        same = (first.tokens[:shared] == second.tokens[:shared]).tolist()
         for i in range(len(a)):
             compared[i] += 1
             equal[i] += i < shared and same[i]

@@ -19,6 +19,7 @@ try:
     from torch import Tensor, nn
     from transformers import AutoModelForCausalLM
 
+    from convert_drafter.converters.verify.in_torch.reference.drafter import Tables
     from convert_drafter.converters.verify.in_torch.text import (
         EMBEDDING,
         Captured,
@@ -60,6 +61,10 @@ class TorchTarget:
                 f"transformers {transformers.__version__}: continues {self.architecture} wrongly from its cache;"
                 " drafts cannot be verified: install a newer transformers"
             )
+
+    @property
+    def tables(self) -> Tables:
+        return Tables(self.embedding, self.head)
 
     def session(self) -> TorchTarget:
         """The same weights for another text at the same time."""

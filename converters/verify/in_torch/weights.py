@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from convert_drafter.converters.checkpoint import read_rows
 from convert_drafter.converters.convert import Published
 from convert_drafter.converters.drafter_file import DrafterFile, read_drafter_file
 from convert_drafter.converters.drafters import rules_of
 from convert_drafter.converters.errors import Problems
-from convert_drafter.converters.roles import TensorKey
+from convert_drafter.converters.roles import Role, TensorKey
 from convert_drafter.converters.spec import DrafterSpec
 from convert_drafter.converters.target import Target
 from convert_drafter.converters.verify.in_torch.reference.dflash import DFlash
@@ -63,11 +64,17 @@ def parameter_names(spec: DrafterSpec) -> dict[TensorKey, str]:
     return {key: rule.source_name(key) for rule in rules for key in rule.keys(spec)}
 
 
-def reference(spec: DrafterSpec, weights: Mapping[TensorKey, NDArray[Any]]) -> DFlash:
-    """The torch reference over these weights, which it shares; a missing or misshapen one is an error of torch's."""
+REFERENCES: dict[str, Callable[[DrafterSpec, Collection[Role]], nn.Module]] = {"dflash": DFlash, "dflash2": DFlash}
+
+
+def reference(spec: DrafterSpec, weights: Mapping[TensorKey, NDArray[Any]]) -> Any:
+    """The torch reference over these weights, which it shares; a missing or misshapen one is an error of torch's.
+
+    It is a `ReferenceDrafter` and a torch module.
+    """
     names = parameter_names(spec)
     with torch.device("meta"):  # no memory, no random numbers: every parameter is assigned
-        drafter = DFlash(spec, {role for role, _ in weights})
+        drafter = REFERENCES[spec.kind](spec, {role for role, _ in weights})
     state = {names[key]: torch.from_numpy(np.require(array, requirements=["C", "W"])) for key, array in weights.items()}
     drafter.load_state_dict(state, assign=True)
     return drafter.eval().requires_grad_(False)

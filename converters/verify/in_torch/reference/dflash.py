@@ -11,7 +11,7 @@ file as it is.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from convert_drafter.converters.roles import Role
 from convert_drafter.converters.spec import DrafterSpec
+from convert_drafter.converters.verify.in_torch.reference.dflash2 import CandidateSelector, Convolution
+from convert_drafter.converters.verify.in_torch.reference.drafter import Drafted, Tables
 from convert_drafter.converters.verify.in_torch.reference.rope import rotate
 
 HEAD_ROWS = 2**15  # a head in fewer bits is widened piece by piece: whole, it takes gigabytes
@@ -109,12 +111,28 @@ class Layer(nn.Module):
         self.self_attn = Attention(spec, layer, roles)
         self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.norm_epsilon)
         self.mlp = FeedForward(spec)
+        conv = spec.convolution
+        self.attention_conv = None if conv is None else Convolution(conv, spec.hidden_size)
+        self.mlp_conv = None if conv is None else Convolution(conv, spec.hidden_size)
 
     def forward(
         self, x: Tensor, at: Tensor, context: tuple[Tensor, Tensor], context_at: Tensor, visible: Tensor
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), at, context, context_at, visible)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        def attend(normed: Tensor) -> Tensor:
+            out: Tensor = self.self_attn(normed, at, context, context_at, visible)
+            return out
+
+        x = x + filtered(self.attention_conv, self.input_layernorm(x), attend)
+        return x + filtered(self.mlp_conv, self.post_attention_layernorm(x), self.mlp)
+
+
+def filtered(conv: Convolution | None, normed: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
+    """DFlash2 filters what goes into a sublayer and what comes out, by kernels of its normed input."""
+    if conv is None:
+        return sublayer(normed)
+    before, after = conv.kernels(normed)
+    out: Tensor = conv(sublayer(conv(normed, before)), after)
+    return out
 
 
 class DFlash(nn.Module):
@@ -133,6 +151,9 @@ class DFlash(nn.Module):
         self.norm = RMSNorm(hidden, spec.norm_epsilon)
         self.embed_tokens = nn.Embedding(spec.vocab_size, hidden) if Role.TOKEN_EMBEDDING in roles else None
         self.lm_head = nn.Linear(hidden, spec.vocab_size, bias=False) if Role.OUTPUT in roles else None
+        selector = spec.selector
+        self.candidate_selector = None if selector is None else CandidateSelector(selector, hidden, spec.vocab_size)
+        self.depends = selector is not None
 
     def fuse(self, captured: Tensor) -> Tensor:
         """Captured states side by side in capture order -> context features: (..., T, K * H) -> (..., T, H)."""
@@ -171,25 +192,40 @@ class DFlash(nn.Module):
         cap = self.spec.logit_softcap
         return out if cap is None else torch.tanh(out / cap) * cap
 
+    # --- ReferenceDrafter ---
+
+    def read(self, context: Context | None, captured: Tensor, tokens: Sequence[int], tables: Tables) -> Context:
+        start = 0 if context is None else context[0][0].shape[-2]
+        at = torch.arange(start, start + len(captured), device=captured.device)
+        new = self.inject(self.fuse(captured), at)
+        if context is None:
+            return new
+        pairs = zip(context, new, strict=True)
+        return [(torch.cat([a, k], dim=-2), torch.cat([b, v], dim=-2)) for (a, b), (k, v) in pairs]
+
+    def until(self, context: Context, length: int) -> Context:
+        return [(k[..., :length, :], v[..., :length, :]) for k, v in context]
+
+    @torch.no_grad()
+    def draft(
+        self, context: Context, anchor: int, count: int, tables: Tables, follow: Sequence[int] | None = None
+    ) -> Drafted:
+        """The anchor and `count` mask tokens in one block; `context` holds keys and values of positions 0..T-1."""
+        start, device = context[0][0].shape[-2], tables.embedding.device
+        embedding, head = self.tables(*tables)
+        tokens = torch.tensor([anchor] + [self.spec.mask_token_id] * count, device=device)
+        at, context_at = torch.arange(start, start + count + 1, device=device), torch.arange(start, device=device)
+        visible = block_visibility(count + 1, start, self.spec.causal).to(device)
+        x = embedding[tokens].to(self.fc.weight.dtype)
+        hidden = self(x, at, context, context_at, visible)[1:]
+        logits = self.logits(hidden, head)
+        if self.candidate_selector is None:
+            return Drafted(logits.argmax(-1), logits)
+        chosen: Drafted = self.candidate_selector(hidden, logits, anchor, follow)
+        return chosen
+
 
 def block_visibility(length: int, context: int, causal: bool) -> Tensor:
     """(length, context + length): the whole context; inside the block everything, or the past only when causal."""
     visible = torch.ones(length, context + length, dtype=torch.bool)
     return visible.tril(context) if causal else visible
-
-
-@torch.no_grad()
-def draft(drafter: DFlash, embedding: Tensor, head: Tensor, context: Context, anchor: int, count: int) -> Tensor:
-    """Logits of the `count` tokens after `anchor`: (count, vocab).
-
-    `context` holds the keys and values of positions 0..T-1, `anchor` is the token at position T, not yet seen by the
-    target; `embedding` and `head` are the target's (vocab, H).
-    """
-    start, device = context[0][0].shape[-2], embedding.device
-    embedding, head = drafter.tables(embedding, head)
-    tokens = torch.tensor([anchor] + [drafter.spec.mask_token_id] * count, device=device)
-    at, context_at = torch.arange(start, start + count + 1, device=device), torch.arange(start, device=device)
-    visible = block_visibility(count + 1, start, drafter.spec.causal).to(device)
-    x = embedding[tokens].to(drafter.fc.weight.dtype)
-    hidden = drafter(x, at, context, context_at, visible)
-    return drafter.logits(hidden[1:], head)

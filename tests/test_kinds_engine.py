@@ -1,0 +1,103 @@
+"""Every drafter kind in llama-server: its tiny checkpoint converts, loads, and drafts as the torch reference does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from make_checkpoints import CHECKPOINTS, make
+from published import PAIR
+from target_gguf import write_target
+
+from convert_drafter.converters import ConvertJob, convert
+from convert_drafter.converters.convert import read_published
+from convert_drafter.converters.doctor import doctor
+from convert_drafter.converters.verdict import Outcome
+
+pytestmark = pytest.mark.engine
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from convert_drafter.converters.verify.acceptance import total  # noqa: E402
+from convert_drafter.converters.verify.in_llama_cpp.answers import run_prompts  # noqa: E402
+from convert_drafter.converters.verify.in_llama_cpp.probe import find_server  # noqa: E402
+from convert_drafter.converters.verify.in_torch.drafter import TorchDrafter  # noqa: E402
+from convert_drafter.converters.verify.in_torch.target import TorchTarget  # noqa: E402
+from convert_drafter.converters.verify.in_torch.weights import checkpoint_weights, gguf_weights, reference  # noqa: E402
+from convert_drafter.converters.verify.loop import speculative_loop  # noqa: E402
+
+COUNT = 64
+PROMPTS = [json.loads(line)["tokens"] for line in (PAIR / "prompts.jsonl").read_text().splitlines()][:8]
+LEAST = {"dflash2": 2.0}  # tokens per verify step: drafts that nobody accepts would say nothing
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_target(PAIR / "target", tmp_path_factory.mktemp("target") / "target.gguf")
+
+
+@pytest.fixture(scope="module")
+def target() -> TorchTarget:
+    target = TorchTarget(PAIR / "target")
+    target.end_tokens = frozenset()
+    return target
+
+
+@pytest.fixture(scope="module", params=CHECKPOINTS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def source(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(kind, tmp_path_factory.mktemp(kind) / "drafter")
+
+
+@pytest.fixture(scope="module")
+def file(source: Path, gguf: Path) -> Path:
+    out = source.parent / "drafter.gguf"
+    convert(ConvertJob(source, gguf, "llama.cpp", "F32", out))
+    return out
+
+
+def test_the_file_is_the_checkpoint(kind: str, source: Path, file: Path, gguf: Path) -> None:
+    structure, pairing = doctor(file, gguf, source)
+    assert (structure.outcome, structure.details) == (Outcome.PASS, ())
+    assert pairing.outcome is Outcome.PASS
+    published = read_published(source, gguf)
+    spec, weights = gguf_weights(file)
+    assert spec == published.spec and spec.kind == kind
+    expected = checkpoint_weights(published)
+    assert weights.keys() == expected.keys()
+    assert all((weights[key] == array).all() for key, array in expected.items())
+
+
+def test_it_drafts_in_llama_server_as_in_torch(kind: str, file: Path, gguf: Path, target: TorchTarget) -> None:
+    """From the same place in a text as many drafts are right, but for a rounding tie here and there."""
+    drafter = reference(*gguf_weights(file))
+    length = drafter.spec.draft_length
+    ours = [speculative_loop(target, TorchDrafter(drafter, target), prompt, COUNT, length) for prompt in PROMPTS]
+    run = run_prompts(find_server(None), gguf, PROMPTS, COUNT, file, length, threads=1)
+    shared = same = 0
+    for text, answer in zip(ours, run.answers, strict=True):
+        assert answer.tokens == text.tokens
+        assert answer.steps is not None
+        here = by_place((step.matched, len(step.tokens)) for step in text.steps)
+        there = by_place((step.accepted, step.committed) for step in answer.steps)
+        places = sorted(here.keys() & there.keys())[:-1]  # the last drafts are behind the text's end
+        shared += len(places)
+        same += sum(here[place] == there[place] for place in places)
+    assert shared > 0.9 * sum(len(text.steps) - 1 for text in ours)
+    assert same >= 0.99 * shared
+    assert total(text.acceptance for text in ours).length > LEAST[kind]
+
+
+def by_place(steps: Iterable[tuple[int, int]]) -> dict[int, int]:
+    """Of steps (right drafts, committed tokens): how many drafts are right, by the place in the text they start at."""
+    found, place = {}, 0
+    for right, committed in steps:
+        found[place] = right
+        place += committed
+    return found
