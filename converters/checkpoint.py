@@ -6,13 +6,9 @@ Format (https://huggingface.co/docs/safetensors): 8 bytes little-endian header l
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import re
 import reprlib
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,6 +18,17 @@ import numpy as np
 import numpy.typing as npt
 
 from convert_drafter.converters.errors import Problems, WrongInput
+from convert_drafter.converters.weight_files import (
+    MEND,
+    Select,
+    everything,
+    find_config,
+    find_weights,
+    json_object,
+    missing_parts,
+    names,
+    reading,
+)
 
 Array = npt.NDArray[Any]
 Headers = dict[str, "TensorHeader"]
@@ -35,11 +42,6 @@ DTYPES: dict[str, np.dtype[Any]] = {
 SLAB_BYTES = 16 * 2**20
 HEADER_LIMIT = 100_000_000  # bytes; safetensors refuses longer headers too
 COUNT_LIMIT, MAX_DIMS = 2**63, 8  # what stays within numpy's reach
-WEIGHTS, INDEX, CONFIG = ".safetensors", ".safetensors.index.json", "config.json"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-NO_PICKLE = "pickle files are never opened"
-PART = re.compile(r"(.*)-\d{1,9}-of-(\d{1,9})\.safetensors")
-MEND = "download the file again or use another release"
 
 
 @dataclass(frozen=True)
@@ -78,29 +80,35 @@ class Checkpoint:
     files: tuple[Path, ...]
     header_sha256: dict[str, str]  # file name -> digest of its JSON header, without the 8 length bytes
     unused: tuple[Path, ...] = ()  # weight files beside the index that it does not name
+    others: tuple[str, ...] = ()  # names of tensors that were not chosen
 
 
-def open_checkpoint(source: Path) -> Checkpoint:
+def open_checkpoint(source: Path, select: Select = everything) -> Checkpoint:
     """Read and check the headers and config of a folder or of one .safetensors file; no tensor data is read.
+
+    Shards without a tensor that `select` chooses are not opened and need not be there.
 
     Raises `WrongInput` where nothing can be read, `Problems` with everything that is wrong in the files.
     """
     with reading(source):
-        folder, files, weight_map = _find_weights(source)
-        config_path = _find_config(source, folder)
+        found = find_weights(source, select)
+        config_path = find_config(source, found.folder)
         config = json_object(str(config_path), config_path.read_bytes())
-    problems = _missing_parts(files) if weight_map is None else []
-    read = {file.name: _read_header(file, problems) for file in files}
+    problems = missing_parts(found.files) if found.weight_map is None else []
+    read = {file.name: _read_header(file, problems) for file in found.files}
     headers = {name: tensors for name, (tensors, _) in read.items()}
     # After a damaged header its tensors would show again, as absent ones.
-    if problems := problems or _misplaced(weight_map, headers):
-        raise Problems(str(folder), problems)
-    tensors = {name: found[name] for found in headers.values() for name in found}
-    if not tensors:
-        raise WrongInput(f"{folder}: found no tensor in {_names(files)}, expected a drafter's weights; {MEND}")
+    if problems := problems or _misplaced(found.weight_map, headers):
+        raise Problems(str(found.folder), problems)
+    every = {name: header for tensors in headers.values() for name, header in tensors.items()}
+    if not every:
+        expected = f"expected a drafter's weights; {MEND}"
+        raise WrongInput(f"{found.folder}: found no tensor in {names(found.files)}, {expected}")
+    wanted = set(select((*every, *found.others)))
+    tensors = {name: every[name] for name in sorted(every) if name in wanted}
+    others = tuple(sorted({*found.others, *(every.keys() - wanted)}))
     digests = {name: digest for name, (_, digest) in read.items()}
-    unused = tuple(path for path in _files(folder, WEIGHTS) if weight_map is not None and path not in files)
-    return Checkpoint(config_path.parent, config_path, config, dict(sorted(tensors.items())), files, digests, unused)
+    return Checkpoint(config_path.parent, config_path, config, tensors, found.files, digests, found.unused, others)
 
 
 def read_rows(tensor: TensorHeader, start: int, stop: int) -> Array:
@@ -131,69 +139,6 @@ def row_ranges(tensor: TensorHeader, max_bytes: int, together: int = 1) -> Itera
     """(start, stop) of slabs of rows that fit `max_bytes`; `together` rows are never parted, however large."""
     step = max(together, max_bytes // max(1, tensor.row_bytes) // together * together)
     return ((start, min(start + step, tensor.rows)) for start in range(0, tensor.rows, step))
-
-
-def _find_weights(source: Path) -> tuple[Path, tuple[Path, ...], dict[str, str] | None]:
-    """(folder of the weights, its weight files, the index's weight_map where it has an index)."""
-    if not source.is_dir():
-        if source.suffix == WEIGHTS and source.exists():
-            return source.parent, (source,), None
-        raise WrongInput(f"{source}: {_no_source(source)}")
-    below = sorted(filter(Path.is_dir, source.iterdir()))
-    folders = [folder for folder in (source, *below) if _files(folder, (INDEX, WEIGHTS))]
-    if not folders:
-        looked = f"looked for *{INDEX}, *{WEIGHTS} and one sub-folder that holds them"
-        raise WrongInput(f"{source}: no weights: {looked}; found {_names(_files(source, PICKLES))}; {NO_PICKLE}")
-    if folders[0] != source and len(folders) > 1:
-        raise WrongInput(f"{source}: found weights in {_names(folders)}, expected one sub-folder: give the right one")
-    return (folders[0], *_weights_in(folders[0]))
-
-
-def _no_source(source: Path) -> str:
-    """Why this is no checkpoint, and what to give."""
-    wanted = f"expected a checkpoint's folder or its {WEIGHTS} file"
-    if not source.exists():
-        fetch = f"; to fetch it from the hub: hf download {source} --local-dir FOLDER"
-        return f"there is nothing of this name; {wanted}{fetch if source.as_posix().count('/') == 1 else ''}"
-    if source.suffix == ".gguf":
-        return "is a GGUF already; expected the published checkpoint, a folder with config.json and safetensors"
-    pickle = f" ({NO_PICKLE})" if source.suffix in PICKLES else ""
-    return f"{wanted}{pickle}; for a file beside config.json give the folder"
-
-
-def _weights_in(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
-    indexes = _files(folder, INDEX)
-    if len(indexes) > 1:
-        raise WrongInput(f"{folder}: found several indexes ({_names(indexes)}), expected one: remove the stale one")
-    if not indexes:
-        return _files(folder, WEIGHTS), None
-    where = str(indexes[0])
-    weight_map = json_object(where, indexes[0].read_bytes()).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise WrongInput(f"{where}: weight_map: found {reprlib.repr(weight_map)}, expected tensors and shards; {MEND}")
-    beside = {path.name for path in _files(folder, WEIGHTS)}  # so a shard can only be a plain name in this folder
-    shards = {shard if isinstance(shard, str) else reprlib.repr(shard) for shard in weight_map.values()}
-    if missing := sorted(shards - beside):
-        raise Problems(where, [f"shard {shard!r}: not found beside the index; download it" for shard in missing])
-    return tuple(folder / shard for shard in sorted(shards)), weight_map
-
-
-def _find_config(source: Path, folder: Path) -> Path:
-    """config.json beside the weights, or above them when they were found in a sub-folder."""
-    places = dict.fromkeys([folder / CONFIG, (source if source.is_dir() else folder) / CONFIG])
-    for place in filter(Path.exists, places):
-        return place
-    raise WrongInput(f"{' or '.join(map(str, places))}: not found; download it with the weights")
-
-
-def _missing_parts(files: tuple[Path, ...]) -> list[str]:
-    """Without an index the file names are the only witness of a shard that was not downloaded."""
-    parts = Counter(match.groups() for file in files if (match := PART.fullmatch(file.name)))
-    return [
-        f"{stem}-*{WEIGHTS}: found {found} of {int(count)} parts; give the folder that holds all of them"
-        for (stem, count), found in parts.items()
-        if found != int(count)
-    ]
 
 
 def _read_header(path: Path, problems: list[str]) -> tuple[Headers, str]:
@@ -282,39 +227,3 @@ def _counts(values: object) -> bool:
 
 def _fault(name: str, field: str, found: object, expected: str) -> NoReturn:
     raise WrongInput(f"tensor {name!r}: {field}: found {reprlib.repr(found)}, expected {expected}")
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise WrongInput(f"{error.filename or path}: cannot be read: {error.strerror or error}") from error
-
-
-def json_object(where: str, raw: bytes) -> dict[str, Any]:
-    try:
-        found = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_once)
-    except (ValueError, RecursionError) as error:
-        raise WrongInput(f"{where}: not valid JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise WrongInput(f"{where}: found {reprlib.repr(found)}, expected a JSON object")
-    return found
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    "".join(found).encode("utf-8")  # raises on half a surrogate pair, which could be neither shown nor written
-    if len(found) < len(pairs):
-        raise ValueError(f"duplicate key {Counter(name for name, _ in pairs).most_common(1)[0][0]!r}")
-    return found
-
-
-def _names(paths: Iterable[Path]) -> str:
-    return ", ".join(path.name for path in paths) or "none"
-
-
-def _files(folder: Path, suffixes: str | tuple[str, ...]) -> tuple[Path, ...]:
-    """Files by suffix, hidden ones aside; a dangling link stays in, so that it is reported and not skipped."""
-    found = (path for path in folder.iterdir() if path.name.endswith(suffixes) and not path.name.startswith("."))
-    return tuple(sorted(path for path in found if not path.is_dir()))

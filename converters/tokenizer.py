@@ -15,10 +15,10 @@ from typing import Any, cast
 
 from gguf import GGUFValueType, GGUFWriter, SpecialVocab, TokenType
 
-from convert_drafter.converters.checkpoint import json_object, reading
 from convert_drafter.converters.errors import WrongInput
 from convert_drafter.converters.gguf_file import KeyValue
 from convert_drafter.converters.pre_tokenizers import ADVICE, components, pre_tokenizer_name
+from convert_drafter.converters.weight_files import json_object, reading
 
 TOKENS, TOKEN_TYPE, SCORES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.scores"
 MASK = "tokenizer.ggml.mask_token_id"

@@ -17,7 +17,7 @@ FLOORS = {
     0: ["quant"],
     1: ["errors", "roles", "spec", "verdict"],
     2: [
-        *("config", "checkpoint", "gguf_file", "gguf_read", "pre_tokenizers", "tokenizer", "target"),
+        *("config", "weight_files", "checkpoint", "gguf_file", "gguf_read", "pre_tokenizers", "tokenizer", "target"),
         *("importance", "encoding"),
     ],
     3: ["ops", "recipe_rules", "recipes", "type_choice", "plan", "provenance"],

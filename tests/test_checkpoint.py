@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,29 @@ def test_the_same_tensors_from_every_layout(tmp_path: Path, layout: Callable[[Pa
         ("x", bytes(range(24))),
         ("y", bytes(range(24, 48))),
     ]
+
+
+def only_x(names: Collection[str]) -> Collection[str]:
+    return {"x"} & set(names)
+
+
+def test_only_shards_with_needed_tensors_are_opened(tmp_path: Path) -> None:
+    """T-64: the others may be damaged or not be there at all."""
+    folder = two_shards_and_index(tmp_path / "s")
+    other, needed = sorted(folder.glob("dflash*.safetensors"))
+    other.write_bytes(b"anything")
+    for _ in range(2):
+        checkpoint = open_checkpoint(folder, only_x)
+        assert (list(checkpoint.tensors), checkpoint.others) == (["x"], ("y",))
+        assert (checkpoint.files, checkpoint.unused) == ((needed,), (folder / "consolidated.safetensors",))
+        other.unlink(missing_ok=True)
+    with pytest.raises(Problems, match=f"shard '{re.escape(other.name)}': not found"):
+        open_checkpoint(folder)
+
+
+def test_tensors_that_are_not_needed_are_left_out_of_one_file_too(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(two_shards(tmp_path / "s"), only_x)
+    assert (list(checkpoint.tensors), checkpoint.others) == (["x"], ("y",))
 
 
 def missing_shard(tmp: Path) -> Path:
