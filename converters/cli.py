@@ -28,6 +28,7 @@ from rich.progress import (
 )
 
 from convert_drafter.converters import show, show_doctor, show_quantize
+from convert_drafter.converters.attach import prepare_attach
 from convert_drafter.converters.convert import ConvertJob, prepare, write_conversion
 from convert_drafter.converters.doctor import doctor
 from convert_drafter.converters.errors import DrafterError, plain
@@ -73,6 +74,7 @@ def cli() -> None:
     help="How weights are stored: Q8_0, Q4_K_M ... (`list recipes`).",
 )  # fmt: skip
 @click.option("-o", "--out", type=INPUT, required=True, help="The GGUF to write.")
+@click.option("--attach", type=INPUT, metavar="TARGET.gguf", help="Put an MTP head into its target's GGUF.")
 @click.option("--dry-run", is_flag=True, help="Show the plan; read no tensor data, write nothing.")
 @click.option("--strict", is_flag=True, help="Treat every warning as an error.")
 @click.option("--ignore-tensor", "ignore", multiple=True, metavar="GLOB", help="Leave a source tensor out on purpose.")
@@ -86,12 +88,13 @@ def convert(dry_run: bool, as_json: bool, **options: Any) -> None:
     convert-drafter convert Qwen3.6-27B-DFlash --target Qwen3.6-27B \\
         --for llama.cpp --quant Q8_0 -o dflash-Qwen3.6-27B-Q8_0.gguf
     """
-    conversion = prepare(ConvertJob(**options))
+    job = ConvertJob(**options)
+    conversion = prepare_attach(job) if job.attach else prepare(job)
     show.warnings(errors, conversion.warnings)
     if dry_run:
         emit(as_json, show.plan_json(conversion), lambda: show.plan(conversion))
         return
-    with progress(conversion.job.out.name, conversion.plan.n_bytes) as advance:
+    with progress(conversion.job.out.name, conversion.n_bytes) as advance:
         report = write_conversion(conversion, advance)
     emit(as_json, show.report_json(report), lambda: show.report(report))
 

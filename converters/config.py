@@ -77,12 +77,26 @@ class ConfigReader:
         self.origins: dict[str, str] = {}
         self.warnings: list[str] = []
         self._read: set[str] = set()
+        self._entered: str | None = None
 
     # --- reading ---
 
+    def enter(self, section: str) -> None:
+        """From here on a path is looked up in this object as well, if there is one, and before the top level.
+
+        A multimodal model's text config lies in an object of its own; what both places say has to agree.
+        """
+        self._entered = section if isinstance(lookup(self.raw, section), Mapping) else None
+
+    def places(self, *paths: str) -> tuple[str, ...]:
+        """Where these paths are looked up, in this order."""
+        if self._entered is None:
+            return paths
+        return tuple(place for path in paths for place in (f"{self._entered}.{path}", path))
+
     def find(self, field: str, kind: type[T], *paths: str) -> T | None:
         """The value at the first path that is set, or None. Paths that are set and disagree are an error."""
-        values = {path: self._typed(kind, path) for path in paths}
+        values = {path: self._typed(kind, path) for path in self.places(*paths)}
         found = {path: value for path, value in values.items() if value is not None}
         if not found:
             return None
@@ -111,19 +125,20 @@ class ConfigReader:
 
     def expect(self, path: str, allowed: Any, meaning: str) -> None:
         """State an assumption: the value at `path`, when set, is `allowed`; otherwise an error saying what it means."""
-        self._read.add(path)
-        value = lookup(self.raw, path)
-        if value is not None and value != allowed:
-            raise self.error(path, f"found {value!r}", f"{allowed!r}; {meaning}")
+        for place in self.places(path):
+            self._read.add(place)
+            value = lookup(self.raw, place)
+            if value is not None and value != allowed:
+                raise self.error(place, f"found {value!r}", f"{allowed!r}; {meaning}")
 
     def section(self, path: str) -> Mapping[str, Any]:
         """The object at `path`, or an empty one; what is no object is passed over (T-6)."""
-        value = lookup(self.raw, path)
-        return value if isinstance(value, Mapping) else {}
+        found = (lookup(self.raw, place) for place in self.places(path))
+        return next((value for value in found if isinstance(value, Mapping) and value), {})
 
     def ignore(self, *paths: str) -> None:
         """Mark keys as known and without meaning for the drafter."""
-        self._read.update(paths)
+        self._read.update(self.places(*paths))
 
     # --- reporting ---
 
@@ -144,9 +159,9 @@ class ConfigReader:
         return WrongInput(f"{self.where}: {what}: {found}, expected {expected}")
 
     def missing(self, field: str, expected: str, *paths: str) -> WrongInput:
-        places = " or ".join(paths)
-        advice = ADVICE.format(path=paths[0])
-        return self.error(field, f"missing (looked at {places})", f"{expected}; {advice}")
+        places = self.places(*paths)
+        advice = ADVICE.format(path=places[0])
+        return self.error(field, f"missing (looked at {' or '.join(places)})", f"{expected}; {advice}")
 
     # --- conversion ---
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,11 +18,13 @@ from convert_drafter.converters.checkpoint import (
 )
 from convert_drafter.converters.config import ConfigReader
 from convert_drafter.converters.dialects import Cell, doubts, find_cell, objections, write
-from convert_drafter.converters.drafters import Kind, detect
+from convert_drafter.converters.drafters import Kind, detect, needed
 from convert_drafter.converters.encoding import SLAB_WEIGHTS, Encoder, Tally, cores
 from convert_drafter.converters.errors import BadFact, Problems, WrongInput, WrongUsage
 from convert_drafter.converters.gguf_file import KeyValue, StoredTensor, partial_name, write_gguf
+from convert_drafter.converters.gguf_read import GGUFFile
 from convert_drafter.converters.importance import Importance, read_importance, without_entry
+from convert_drafter.converters.launch import launch_line
 from convert_drafter.converters.ops import Array
 from convert_drafter.converters.plan import Matcher, Plan, PlannedTensor, match_tensors, plan_tensors
 from convert_drafter.converters.recipes import RECIPES, Recipe
@@ -45,7 +46,8 @@ class ConvertJob:
     """What to convert. `settings` are the user's own config values (dotted path -> JSON text).
 
     `options` are wishes beside the recipe, `importance` is an importance matrix of the drafter's columns. `threads` is
-    the number of cores used (all of them without it); `measure` asks for each tensor's error.
+    the number of cores used (all of them without it); `measure` asks for each tensor's error. `attach` is the target's
+    GGUF that an MTP head goes into.
     """
 
     source: Path
@@ -60,6 +62,7 @@ class ConvertJob:
     options: TypeOptions = field(default_factory=TypeOptions)
     threads: int | None = None
     measure: bool = False
+    attach: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class Published:
     reader: ConfigReader
     spec: DrafterSpec
     target: Target | None
+    target_path: Path | None  # the checkpoint itself where the drafter lies in its target's
 
     def match(self, ignore: Sequence[str] = ()) -> Matcher:
         """Every tensor's place, with what does not fit; `ignore` are glob patterns of tensors to leave out."""
@@ -80,7 +84,7 @@ class Published:
 
 @dataclass(frozen=True)
 class Conversion:
-    """Everything decided, nothing written."""
+    """Everything decided, nothing written. `base` is the target's file that the drafter is attached to."""
 
     job: ConvertJob
     published: Published
@@ -89,6 +93,12 @@ class Conversion:
     importance: Importance | None
     keys: tuple[KeyValue, ...]
     warnings: tuple[str, ...]
+    base: GGUFFile | None = None
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of tensors to write."""
+        return self.plan.n_bytes + sum(t.n_bytes for t in (self.base.tensors.values() if self.base else ()))
 
 
 @dataclass(frozen=True)
@@ -110,9 +120,11 @@ def read_published(
     source: Path, target_path: Path | None = None, settings: Mapping[str, str] | None = None
 ) -> Published:
     """Open a checkpoint and read every fact. Raises `WrongInput` naming file and key."""
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source, needed)
     reader = ConfigReader(checkpoint.config, str(checkpoint.config_path), settings)
     kind = detect(reader, checkpoint.tensors)
+    if target_path is None and kind.in_target:
+        target_path = checkpoint.root
     target = None if target_path is None else read_target(target_path)
     try:
         spec = kind.read_spec(reader, checkpoint.tensors, target)
@@ -120,13 +132,14 @@ def read_published(
         place = reader.origins.get(bad.field, bad.field)
         raise reader.error(place, f"found {bad.found!r}", bad.expected) from bad
     reader.ignore(*kind.ignored)
-    return Published(checkpoint, kind, reader, spec, target)
+    return Published(checkpoint, kind, reader, spec, target, target_path)
 
 
 def prepare(job: ConvertJob) -> Conversion:
     """Decide everything about a conversion from headers alone. Raises with every problem; writes nothing."""
     recipe = find_recipe(job.recipe)
     published = read_published(job.source, job.target, job.settings)
+    job = replace(job, target=published.target_path)
     reader, spec, checkpoint = published.reader, published.spec, published.checkpoint
     cell = find_cell(published.kind.name, job.runtime)
     refuse_overwriting(job.out, sources_of(job, checkpoint))
@@ -165,16 +178,20 @@ def write_conversion(conversion: Conversion, advance: Callable[[int], None] = la
     stored = [
         StoredTensor(t.name, t.shape, GGMLQuantizationType(t.choice.type.ggml_id)) for t in conversion.plan.tensors
     ]
+    base = conversion.base
+    copied = [] if base is None else list(base.tensors.values())
     tallies = {name: Tally(tensor.choice.type) for name, tensor in planned.items()} if job.measure else {}
     head_dim = conversion.published.spec.head_dim
     with cores(job.threads) as run:
 
         def data(tensor: StoredTensor) -> Iterator[Array]:
+            if base is not None and tensor.name in base.tensors:
+                return base.slabs(tensor.name)
             found = planned[tensor.name]
             return encoded(found, head_dim, run, columns_of(conversion, found), tallies.get(tensor.name))
 
-        size = write_gguf(job.out, conversion.keys, stored, data, advance)
-    source_bytes = sum(file.stat().st_size for file in conversion.published.checkpoint.files)
+        size = write_gguf(job.out, conversion.keys, [*copied, *stored], data, advance)
+    source_bytes = sum(tensor.header.n_bytes for tensor in conversion.plan.tensors)
     return Report(conversion, job.out, source_bytes, size, {name: tally.errors for name, tally in tallies.items()})
 
 
@@ -194,7 +211,7 @@ def encoded(
     tally: Tally | None = None,
 ) -> Iterator[Bytes]:
     """The bytes of one output tensor, a slab of rows at a time; raises `WrongInput` naming tensor and row."""
-    header, source = tensor.header, TYPES[tensor.header.dtype]
+    header, source = tensor.header, TYPES[tensor.op.dtype(tensor.header.dtype)]
     encoder = Encoder(header.file, header.name, source, tensor.choice.type, importance, tally)
     max_bytes = SLAB_WEIGHTS * source.layout.itemsize
     for start, stop in row_ranges(header, max_bytes, head_dim if tensor.op.by_head else 1):
@@ -237,17 +254,9 @@ def refuse_overwriting(out: Path, sources: Iterable[Path]) -> None:
 
 def launch_command(conversion: Conversion) -> str:
     """The exact line that runs the result beside its target."""
-    job = conversion.job
-    return launch_line(conversion.cell, conversion.published.spec, job.target, job.out)
-
-
-def launch_line(cell: Cell, spec: DrafterSpec, target: Path | None, out: Path) -> str:
-    """The exact line that runs the drafter at `out`; a target that is no file is left to the user."""
-    return cell.launch.format(
-        target=shlex.quote(str(target)) if target is not None and target.is_file() else "TARGET.gguf",
-        drafter=shlex.quote(str(out)),
-        drafted=spec.draft_length,
-    )
+    job, cell = conversion.job, conversion.cell
+    attached = conversion.base is not None and cell.launch_attached
+    return launch_line(cell, conversion.published.spec, job.target, job.out, attached or cell.launch)
 
 
 def tokenizer_for(cell: Cell, target: Path | None, spec: DrafterSpec) -> Tokenizer | None:
@@ -276,11 +285,9 @@ def _mispairing(spec: DrafterSpec, target: Target | None) -> Iterator[str]:
 
 
 def mask_doubt(spec: DrafterSpec, tokenizer: Tokenizer | None) -> Iterator[str]:
-    if tokenizer is not None and tokenizer.mask_token_id not in (None, spec.mask_token_id):
-        yield (
-            f"mask token: the drafter's {spec.mask_token_id} is written, the target's tokenizer has"
-            f" {tokenizer.mask_token_id}"
-        )
+    masks = (spec.mask_token_id, None if tokenizer is None else tokenizer.mask_token_id)
+    if None not in masks and masks[0] != masks[1]:
+        yield (f"mask token: the drafter's {masks[0]} is written, the target's tokenizer has {masks[1]}")
 
 
 def _keys(

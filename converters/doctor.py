@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from convert_drafter.converters.against_source import Agreement, agreement
+from convert_drafter.converters.dialects import own_part
 from convert_drafter.converters.drafter_file import cell_of_file
 from convert_drafter.converters.encoding import cores
 from convert_drafter.converters.errors import Problems, WrongInput, WrongUsage
@@ -52,6 +53,7 @@ def doctor(
         missing = Finding(f"{ARCHITECTURE}: missing, expected the architecture every runtime asks for first")
         return _alone(_gate("", [missing]), target)
     cell = cell_of_file(file)
+    whole, file = file, own_part(file, cell)
     found = survey(file, cell, None if target is None else read_target(target))
     published = None if source is None else read_source(found, source, target, settings or {})
     sick = _health(file, hear)
@@ -59,7 +61,7 @@ def doctor(
     agreed = Agreement(()) if published is None else agreement(found, published, broken, hear)
     if source is not None:
         agreed = replace(agreed, findings=(*agreed.findings, *overruled(found, source, target, settings or {})))
-    structure = _structure(found, sick, agreed, source)
+    structure = _structure(found, sick, agreed, source, whole)
     return (structure,) if target is None else (structure, check_pairing(found, target))
 
 
@@ -89,13 +91,13 @@ def _health(file: GGUFFile, on_bytes: OnBytes) -> dict[str, Health]:
         return {name: health(file, stored, run, on_bytes) for name, stored in file.tensors.items()}
 
 
-def _structure(found: Survey, sick: dict[str, Health], agreed: Agreement, source: Path | None) -> Gate:
+def _structure(found: Survey, sick: dict[str, Health], agreed: Agreement, source: Path | None, whole: GGUFFile) -> Gate:
     findings = [
         *found.findings,
         *key_faults(found.cell, found.file.keys, found.facts),
         *tokenizer_faults(found.file.keys, found.facts, needed=found.cell.tokenizer),
         *_values(found.file, sick),
-        *_bounds(found.file),
+        *_bounds(whole),
         *provenance_faults(found.cell, found.file.keys),
         *agreed.findings,
     ]

@@ -14,13 +14,14 @@ import numpy as np
 from gguf import GGUFValueType
 
 from convert_drafter.converters.config import ADVICE, JSON_NAMES, ConfigReader
-from convert_drafter.converters.dialects import CELLS, Cell, cell_of_names, find_cell, read
+from convert_drafter.converters.dialects import CELLS, Cell, cell_of_names, find_cell, own_part, read
 from convert_drafter.converters.dialects.cell import OWN_ROWS, SAME, Row
 from convert_drafter.converters.drafters import rules_of
 from convert_drafter.converters.errors import BadFact, Problems, WrongInput, WrongUsage
 from convert_drafter.converters.gguf_file import ARCHITECTURE, KeyValue, StoredTensor
 from convert_drafter.converters.gguf_read import GGUFFile, read_gguf
 from convert_drafter.converters.inspection import Fact
+from convert_drafter.converters.recipe_rules import layer_of
 from convert_drafter.converters.roles import Role, TensorKey, describe, role_name
 from convert_drafter.converters.spec import MROPE_SECTIONS, DrafterSpec, required, spec_from
 from convert_drafter.converters.target import Target
@@ -73,6 +74,7 @@ def read_drafter_file(
     """
     given, file = given_facts(settings or {}), read_gguf(path)
     cell = cell_of_file(file)
+    file = own_part(file, cell)
     facts = _read_facts(file, cell, given, target)
     spec = _spec(file, facts)
     tensors, problems = place_tensors(file, cell, spec)
@@ -99,6 +101,11 @@ def cell_of_file(file: GGUFFile) -> Cell:
     cell = None if entry is None else cell_of_names(str(entry.value), file.tensors)
     if cell is None:
         found = "missing" if entry is None else f"found {entry.value!r}"
+        if entry is not None and any(cell.arch == entry.value for cell in CELLS.values()):
+            found += " without a tensor of an MTP head: a target"
+        if declared := file.keys.get(f"{'' if entry is None else entry.value}.nextn_predict_layers"):
+            head = "but no tensor of an MTP head: llama.cpp stops at the first of them that is not there"
+            raise WrongInput(f"{file.path}: {declared.key}: found {declared.value}, {head}")
         known = ", ".join(dict.fromkeys(f"{cell.arch} ({cell.runtime})" for cell in CELLS.values()))
         raise WrongInput(f"{file.path}: {ARCHITECTURE}: {found}, expected a drafter's: {known}")
     return cell
@@ -202,7 +209,7 @@ def llama_cpp_names(file: GGUFFile) -> dict[str, str]:
     cell = None if entry is None else cell_of_names(str(entry.value), file.tensors)
     if cell is None:
         return {}
-    layers = range(len(file.tensors))  # no layer is without a tensor
+    layers = sorted({layer for name in file.tensors if (layer := layer_of(name)) is not None})
     keys = [(rule.role, i) for rule in rules_of(cell.kind) for i in (layers if rule.role.per_layer else [None])]
     return {name: role_name(key) for key in keys for name in names_of(cell, key) if name in file.tensors}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from convert_drafter.converters.convert import Published, read_published
-from convert_drafter.converters.dialects import CELLS, Cell, cell_of_names, objections, read
+from convert_drafter.converters.dialects import CELLS, Cell, cell_of_names, objections, own_part, read
 from convert_drafter.converters.dialects.cell import OWN_ROWS
 from convert_drafter.converters.drafters import rules_of
 from convert_drafter.converters.errors import BadFact, WrongInput
@@ -104,7 +104,7 @@ def inspect_gguf(path: Path) -> Inspection:
     facts = () if cell is None else tuple(_facts(cell, file, values))
     kind = "unknown" if cell is None else cell.kind
     tensors = tuple(TensorLine(t.name, t.shape, t.type.name, t.n_bytes) for t in file.tensors.values())
-    runtimes = {} if cell is None else {cell.runtime: "; ".join(_faults(cell, file, values))}
+    runtimes = {} if cell is None else {cell.runtime: "; ".join(_faults(cell, own_part(file, cell), values))}
     keys = {key: _short(kv.value) for key, kv in file.keys.items()}
     return Inspection(path, f"GGUF ({entry.value})", kind, facts, tensors, runtimes, (), keys)
 

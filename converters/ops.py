@@ -14,11 +14,18 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Op:
-    """`apply` maps a slab of rows to a slab of the same shape; `head_dim` rows belong together where `by_head`."""
+    """`apply` maps a slab of rows to a slab of the same shape; `head_dim` rows belong together where `by_head`.
+
+    `gives` is the result's dtype where it is not the source's.
+    """
 
     name: str
     apply: Callable[[Array, int], Array]
     by_head: bool = False
+    gives: str | None = None
+
+    def dtype(self, source: str) -> str:
+        return self.gives or source
 
 
 def _copy(rows: Array, head_dim: int) -> Array:
@@ -31,5 +38,11 @@ def _halves(rows: Array, head_dim: int) -> Array:
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
 
 
+def _plus_one(rows: Array, head_dim: int) -> Array:
+    """Norms that are published as what they differ from one by, to those that multiply by their weight."""
+    return rows.astype(np.float32) + np.float32(1)
+
+
 COPY = Op("copy", _copy)
 PERMUTE_ROPE = Op("permute_rope", _halves, by_head=True)
+PLUS_ONE = Op("plus_one", _plus_one, gives="F32")

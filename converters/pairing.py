@@ -125,8 +125,7 @@ def _vocabulary(survey: Survey, path: Path, target: Target) -> Iterator[Remark]:
         yield Remark(f"vocabulary: not compared: {why}", Outcome.UNDECIDED)
     elif known != theirs.vocab_sha256:
         yield from _different(keys, texts, recorded, theirs, target)
-    elif theirs.mask_token_id not in (None, survey.facts.get("mask_token_id")):
-        mask = survey.facts.get("mask_token_id")
+    elif (mask := survey.facts.get("mask_token_id")) is not None and theirs.mask_token_id not in (None, mask):
         yield Remark(f"mask token: the file has {mask}, the target's tokenizer {theirs.mask_token_id}", Outcome.ADVICE)
 
 
@@ -212,4 +211,6 @@ def _runtime(survey: Survey, target: Target) -> Iterator[Remark]:
 
 def _with_depth(spec: DrafterSpec, target: Target) -> DrafterSpec:
     """The spec beside this target, so that its last layer is known; as it is where its layers do not exist there."""
+    if not spec.capture_layers:  # it reads the same state whatever the depth
+        return spec
     return replace(spec, target_layer_count=max(target.layer_count, *(k + 1 for k in spec.capture_layers)))

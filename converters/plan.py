@@ -37,6 +37,8 @@ DIMENSIONS: dict[str, Callable[[DrafterSpec], int]] = {
     "head_dim": lambda s: s.head_dim,
     "queries": lambda s: s.head_count * s.head_dim,
     "keys": lambda s: s.kv_head_count * s.head_dim,
+    "queries and gates": lambda s: 2 * s.head_count * s.head_dim,
+    "embedding and state": lambda s: 2 * s.hidden_size,
     "feed_forward": lambda s: s.feed_forward_size,
     "vocab": lambda s: s.vocab_size,
     "taps": lambda s: _part(s.convolution).kernel_size,
@@ -55,6 +57,8 @@ def _part(part: T | None) -> T:
 class TensorRule:
     """A checkpoint tensor's place in the hub; `{i}` in `source` is the layer and the name is matched whole.
 
+    `{j}` is the layer counted from the drafter's first; a source without either is the first layer's.
+
     An optional tensor may be `required_with` another role: where that one is there, this one has to be.
     """
 
@@ -70,11 +74,21 @@ class TensorRule:
 
     def keys(self, spec: DrafterSpec) -> Iterator[TensorKey]:
         """The tensors of this rule: one for each layer, or the one that the drafter has once."""
-        layers: Sequence[int | None] = range(spec.layer_count) if self.role.per_layer else [None]
+        if not self.role.per_layer:
+            return iter([(self.role, None)])
+        layers = spec.layers if "{" in self.source else spec.layers[:1]
         return ((self.role, layer) for layer in layers)
 
-    def source_name(self, key: TensorKey) -> str:
-        return self.source.replace("{i}", str(key[1]))
+    def source_name(self, key: TensorKey, spec: DrafterSpec) -> str:
+        _, layer = key
+        return self.source if layer is None else self.source.format(i=layer, j=layer - spec.first_layer)
+
+    def key_of(self, number: str | None, spec: DrafterSpec) -> TensorKey:
+        """The place of a tensor with this number in its name."""
+        if not self.role.per_layer:
+            return self.role, None
+        counted_here = number is None or "{j}" in self.source
+        return self.role, int(number or 0) + (spec.first_layer if counted_here else 0)
 
 
 @dataclass(frozen=True)
@@ -125,7 +139,7 @@ class Plan:
 
 
 def _pattern(source: str) -> re.Pattern[str]:
-    return re.compile(re.escape(source).replace(r"\{i\}", r"(\d{1,9})"))
+    return re.compile(re.sub(r"\\{[ij]\\}", r"(\\d{1,9})", re.escape(source)))
 
 
 def leave_out(name: str) -> str:
@@ -134,8 +148,8 @@ def leave_out(name: str) -> str:
 
 
 def plain_name(name: str) -> str:
-    """Some exports put the drafter under `model.`; the rules are written without it."""
-    return name.removeprefix("model.")
+    """Some exports put the drafter, or a target's text model, under `model.`; the rules are written without it."""
+    return name.removeprefix("model.").removeprefix("language_model.")
 
 
 class Matcher:
@@ -156,8 +170,8 @@ class Matcher:
                 return
         for pattern, rule in self._rules:
             if found := pattern.fullmatch(plain_name(name)):
-                layer = int(found[1]) if found.groups() else None
-                self._use(name, Match((rule.role, layer), header, rule))
+                number = found[1] if found.groups() else None
+                self._use(name, Match(rule.key_of(number, self.spec), header, rule))
                 return
         self.problems.append(f"{name}: unknown tensor {list(header.shape)}; leave it out with {leave_out(name)}")
 
@@ -165,7 +179,7 @@ class Matcher:
         key, shape = match.key, match.rule.expected_shape(self.spec)
         if key in self.matches:
             self.problems.append(f"{name}: {describe(key)} is there twice, also as {self.matches[key].header.name}")
-        elif key[1] is not None and key[1] >= self.spec.layer_count:
+        elif key[1] is not None and key[1] not in self.spec.layers:
             self.problems.append(f"{name}: layer {key[1]}, but the config counts {self.spec.layer_count} layers")
         elif match.header.shape != shape:
             widths = ", ".join(match.rule.shape)
@@ -185,7 +199,7 @@ class Matcher:
         for rule in reversed(required.values()):
             for key in rule.keys(self.spec):
                 if key not in self.matches:
-                    self.problems.append(f"{rule.source_name(key)}: missing ({describe(key)})")
+                    self.problems.append(f"{rule.source_name(key, self.spec)}: missing ({describe(key)})")
 
 
 def match_tensors(
@@ -264,7 +278,7 @@ def _choose(
         for match in matches
     ]
     spec = matcher.spec
-    facts = Facts(spec.kind, spec.layer_count, 0, spec.head_count, spec.kv_head_count)  # no drafter has experts
+    facts = Facts(spec.kind, spec.layers.stop, 0, spec.head_count, spec.kv_head_count)  # no drafter has experts
     try:
         return choose_types(recipe, candidates, facts, options)
     except Problems as found:

@@ -15,7 +15,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
 
-from convert_drafter.converters.convert import QUANTIZATION_VERSION, find_recipe, launch_line, refuse_overwriting
+from convert_drafter.converters.convert import QUANTIZATION_VERSION, find_recipe, refuse_overwriting
 from convert_drafter.converters.drafter_file import llama_cpp_names, read_drafter_file
 from convert_drafter.converters.encoding import SLAB_WEIGHTS, Encoder, Tally, cores
 from convert_drafter.converters.errors import DrafterError, Problems, WrongInput, WrongUsage
@@ -23,6 +23,7 @@ from convert_drafter.converters.gguf_file import KeyValue, StoredTensor, write_g
 from convert_drafter.converters.gguf_read import GGUFFile, read_gguf
 from convert_drafter.converters.importance import KEYS as IMATRIX_KEYS
 from convert_drafter.converters.importance import Importance, read_importance, without_entry
+from convert_drafter.converters.launch import launch_line
 from convert_drafter.converters.recipes import Choice
 from convert_drafter.converters.type_choice import Candidate, TypeOptions, choose_types, facts_of_file
 from convert_drafter.quant import TYPES, QuantType

@@ -16,13 +16,14 @@ from typing import Any
 from gguf import GGUFValueType
 
 from convert_drafter.converters import provenance
-from convert_drafter.converters.convert import OURS, launch_line, mask_doubt, refuse_overwriting, tokenizer_for
+from convert_drafter.converters.convert import OURS, mask_doubt, refuse_overwriting, tokenizer_for
 from convert_drafter.converters.dialects import CELLS, Cell, doubts, find_cell, objections, write
 from convert_drafter.converters.dialects.cell import OWN_ROWS, SLIDING_NOTE
 from convert_drafter.converters.drafter_file import DrafterFile, read_drafter_file
 from convert_drafter.converters.errors import Problems, WrongInput, WrongUsage
 from convert_drafter.converters.gguf_file import ARCHITECTURE, KeyValue, StoredTensor, file_access, write_gguf
 from convert_drafter.converters.gguf_read import GGUFFile
+from convert_drafter.converters.launch import launch_line
 from convert_drafter.converters.plan import unplaced
 from convert_drafter.converters.recipes import ALWAYS_F32
 from convert_drafter.converters.roles import TensorKey

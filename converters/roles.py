@@ -1,7 +1,7 @@
 """Canonical tensor names: what a tensor is for, whatever a checkpoint or a runtime calls it.
 
 A role's value is the GGUF name most runtimes use (llama.cpp's); a dialect lists only the names where it differs.
-`{i}` is the drafter's layer.
+`{i}` is the drafter's layer. A head that is one more layer of its target counts on where the target's layers end.
 """
 
 from __future__ import annotations
@@ -35,6 +35,10 @@ class Role(Enum):
     FFN_DOWN = "blk.{i}.ffn_down.weight"
     FFN_CONV_BASE = "blk.{i}.ffn_conv_base"
     FFN_CONV_PROJ = "blk.{i}.ffn_conv_proj.weight"
+    NEXTN_PROJ = "blk.{i}.nextn.eh_proj.weight"  # token embedding beside the target's state -> what the layer reads
+    NEXTN_EMBEDDING_NORM = "blk.{i}.nextn.enorm.weight"
+    NEXTN_STATE_NORM = "blk.{i}.nextn.hnorm.weight"
+    NEXTN_OUTPUT_NORM = "blk.{i}.nextn.shared_head_norm.weight"
     SELECTOR_HIDDEN = "selector_hidden.weight"
     SELECTOR_PREDECESSOR = "selector_predecessor.weight"  # a row for each token that may go before
     SELECTOR_SUCCESSOR = "selector_successor.weight"

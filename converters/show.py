@@ -128,13 +128,15 @@ def plan_json(conversion: Conversion) -> dict[str, Any]:
 
 
 def report(report: Report) -> str:
-    conversion = report.conversion
+    conversion, base = report.conversion, report.conversion.base
     ratio = report.out_bytes / report.source_bytes
+    target = [] if base is None else [f"  beside the {len(base.tensors)} tensors of {base.path}, every byte as it was"]
     lines = [
         f"wrote {report.out} ({conversion.job.recipe} for {conversion.cell.runtime})",
         f"  {size(report.source_bytes)} of safetensors -> {size(report.out_bytes)} of GGUF ({ratio:.0%}), tokenizer"
         f" {'included' if conversion.cell.tokenizer else 'not needed'}",
         f"  {_total(conversion.plan)}",
+        *target,
         *(f"  left out {drop.source}: {drop.reason}" for drop in conversion.plan.dropped),
         *(f"  {line}" for line in fallbacks(_choices(conversion.plan))),
         *(f"  note: {note.text}" for note in conversion.cell.notes if note.concerns(conversion.published.spec)),

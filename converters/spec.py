@@ -97,6 +97,23 @@ class Selector:
 
 
 @dataclass(frozen=True)
+class LinearAttention:
+    """The target's layers of gated delta net (Qwen3.5). A head has none, but its file is loaded as its target's.
+
+    Widths of heads in numbers, `kernel_size` in taps; `interval` is the target's own word for every so manieth layer
+    that is none of them.
+    """
+
+    kernel_size: int
+    key_head_dim: int
+    key_head_count: int
+    value_head_count: int
+    value_head_dim: int
+    layers: tuple[bool, ...]  # one per layer of the target, True = linear
+    interval: int | None = None
+
+
+@dataclass(frozen=True)
 class DrafterSpec:
     """Every fact about one drafter. None says "this drafter has none"; OF_KIND lists what a kind cannot be without.
 
@@ -128,6 +145,17 @@ class DrafterSpec:
     logit_softcap: float | None = None
     convolution: Convolution | None = None
     selector: Selector | None = None
+    linear_attention: LinearAttention | None = None
+
+    @property
+    def first_layer(self) -> int:
+        """The number of the drafter's first layer: an MTP head goes on counting where its target's layers end."""
+        return self.target_layer_count if self.kind in HEADS else 0
+
+    @property
+    def layers(self) -> range:
+        """The numbers of the drafter's layers."""
+        return range(self.first_layer, self.first_layer + self.layer_count)
 
     @property
     def draft_length(self) -> int:
@@ -149,6 +177,7 @@ class DrafterSpec:
         """(field, holds, expected) for every rule that one config can break."""
         layers, depth, block, mask = self.capture_layers, self.target_layer_count, self.block_size, self.mask_token_id
         window_length = self.layer_count if self.window is None else len(self.window.layers)
+        linear = self.linear_attention
         group = 1 if self.convolution is None else self.convolution.group_size
         return [
             ("kv_head_count", self.head_count % self.kv_head_count == 0, f"a divisor of head_count {self.head_count}"),
@@ -164,6 +193,11 @@ class DrafterSpec:
             ("rope", self.rope.dimensions <= self.head_dim, f"at most head_dim {self.head_dim} rotated dimensions"),
             ("context_theta", self.context_theta is None or self.context_theta > 0, "a theta above 0"),
             ("window", window_length == self.layer_count, f"one entry for each of {self.layer_count} layers"),
+            (
+                "linear_attention.layers",
+                linear is None or len(linear.layers) == depth,
+                f"one entry for each of the target's {depth} layers",
+            ),
             ("convolution", self.hidden_size % group == 0, f"groups that divide the hidden size {self.hidden_size}"),
         ]
 
@@ -173,15 +207,23 @@ _POSITIVE = (
     "layer_count", "hidden_size", "feed_forward_size", "head_count", "kv_head_count", "head_dim", "context_length",
     "vocab_size", "norm_epsilon", "target_layer_count", "target_hidden_size",
     "convolution.kernel_size", "convolution.group_size", "selector.rank", "selector.top_k",
+    "linear_attention.kernel_size", "linear_attention.key_head_dim", "linear_attention.key_head_count",
+    "linear_attention.value_head_count", "linear_attention.value_head_dim",
     # a zero in these keys means "none" to llama.cpp, and would mean something else here
     "attention_value_scale", "embedding_scale", "logit_scale", "logit_softcap",
 )  # fmt: skip
 # Facts that a kind cannot be without, beside those of every drafter.
 _BLOCK = frozenset({"block_size", "mask_token_id", "capture_layers"})
+_LINEAR = frozenset(
+    f"linear_attention.{name}"
+    for name in ("kernel_size", "key_head_dim", "key_head_count", "value_head_count", "value_head_dim", "layers")
+)
 OF_KIND: dict[str, frozenset[str]] = {
     "dflash": _BLOCK,
     "dflash2": _BLOCK | {"convolution.kernel_size", "convolution.group_size", "selector.rank", "selector.top_k"},
+    "mtp-qwen35": _LINEAR | {"rope.sections"},
 }
+HEADS = frozenset({"mtp-qwen35"})  # kinds whose layers are further layers of their target
 
 
 # --- the spec as a flat table of facts: what dialects, inspect and doctor work on ---
@@ -192,6 +234,7 @@ _NESTED: dict[str, type] = {
     "window": SlidingWindow,
     "convolution": Convolution,
     "selector": Selector,
+    "linear_attention": LinearAttention,
 }
 
 

@@ -151,7 +151,7 @@ class Source:
 
     @property
     def type(self) -> QuantType:
-        return TYPES[self.header.dtype]
+        return TYPES[self.op.dtype(self.header.dtype)]
 
     def rows(self, start: int, stop: int) -> NDArray[np.generic]:
         """Rows start..stop; where heads are re-ordered both are multiples of `head_dim`."""

@@ -23,7 +23,7 @@ FLOORS = {
     3: ["ops", "recipe_rules", "recipes", "type_choice", "plan", "provenance"],
     4: ["drafters", "dialects"],
     5: [
-        *("convert", "inspection", "drafter_file", "quantize", "redialect", "verify"),
+        *("convert", "attach", "launch", "inspection", "drafter_file", "quantize", "redialect", "verify"),
         *("structure", "loader_keys", "tokenizer_faults", "tensor_errors", "source_facts"),
         *("against_source", "pairing", "doctor"),
     ],

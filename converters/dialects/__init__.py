@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 
-from convert_drafter.converters.dialects import ik_llama_cpp, llama_cpp, lucebox
-from convert_drafter.converters.dialects.cell import Cell, doubts, objections, read, write
+from convert_drafter.converters.dialects import ik_llama_cpp, llama_cpp, llama_cpp_mtp, lucebox
+from convert_drafter.converters.dialects.cell import Cell, doubts, objections, read, read_all, write
 from convert_drafter.converters.errors import WrongUsage
+from convert_drafter.converters.gguf_read import GGUFFile
+from convert_drafter.converters.recipe_rules import layer_of
+from convert_drafter.converters.spec import HEADS
 
 CELLS: dict[tuple[str, str], Cell] = {
     (cell.kind, cell.runtime): cell
-    for cell in (llama_cpp.DFLASH, ik_llama_cpp.DFLASH, lucebox.DFLASH, llama_cpp.DFLASH2)
+    for cell in (llama_cpp.DFLASH, ik_llama_cpp.DFLASH, lucebox.DFLASH, llama_cpp.DFLASH2, llama_cpp_mtp.QWEN35)
 }
 RUNTIMES: tuple[str, ...] = tuple(dict.fromkeys(runtime for _, runtime in CELLS))
 
@@ -29,8 +33,29 @@ def cell_of_names(arch: str, names: Collection[str]) -> Cell | None:
     Kinds share an architecture: the one whose telling tensor is there, else the one that needs none.
     """
     cells = [cell for cell in CELLS.values() if cell.arch == arch]
-    telling = [cell for cell in cells if cell.telling is not None and cell.tensor_name((cell.telling, None)) in names]
+    telling = [cell for cell in cells if cell.told_by(names)]
     return next(iter([*telling, *(cell for cell in cells if cell.telling is None)]), None)
 
 
-__all__ = ["CELLS", "RUNTIMES", "Cell", "cell_of_names", "doubts", "find_cell", "objections", "read", "write"]
+def own_part(file: GGUFFile, cell: Cell) -> GGUFFile:
+    """The file without the layers of a target that its drafter, a head, is attached to."""
+    if cell.kind not in HEADS:
+        return file
+    first: int = read_all(cell, file.keys)[0].get("target_layer_count", 0)
+    numbers = {name: layer_of(name) for name in file.tensors}
+    own = {name: tensor for name, tensor in file.tensors.items() if (layer := numbers[name]) is None or layer >= first}
+    return replace(file, tensors=own)
+
+
+__all__ = [
+    "CELLS",
+    "RUNTIMES",
+    "Cell",
+    "cell_of_names",
+    "doubts",
+    "find_cell",
+    "objections",
+    "own_part",
+    "read",
+    "write",
+]

@@ -6,7 +6,7 @@ A row holds a GGUF key and a field path of the spec, never a function of one dir
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from gguf import GGUFValueType
 
 from convert_drafter.converters.errors import WrongInput
 from convert_drafter.converters.gguf_file import KeyValue
+from convert_drafter.converters.recipe_rules import layer_of
 from convert_drafter.converters.roles import Role, TensorKey
 from convert_drafter.converters.spec import DrafterSpec, facts_of, yarn_attention
 from convert_drafter.converters.tokenizer import TOKENS
@@ -33,9 +34,9 @@ class Codec:
     decode: Callable[[Any, Facts], Any]
 
 
-def _exactly(total: int, parts: int) -> int:
+def exactly(total: int, parts: int, what: str) -> int:
     if total % parts:
-        raise WrongInput(f"a width of {total} is no multiple of {parts} capture layers")
+        raise WrongInput(f"a width of {total} is no multiple of {parts} {what}")
     return total // parts
 
 
@@ -51,7 +52,7 @@ YARN_ATTENTION = Codec(
 ALL_CAPTURES = Codec(
     "ALL_CAPTURES",
     lambda width, facts: width * len(facts["capture_layers"]),
-    lambda stored, facts: _exactly(stored, len(facts["capture_layers"])),
+    lambda stored, facts: exactly(stored, len(facts["capture_layers"]), "capture layers"),
 )
 
 
@@ -111,7 +112,8 @@ class Cell:
     `harmless` the facts that may be lost, with the reason; `needs` a tensor that may not come without another;
     `targets` the target architectures that hand out hidden states, True where also the last layer's; `tokenizer`
     tells whether the file carries the target's; `telling` is the tensor that tells this kind's files from those of
-    another kind under the same `arch`.
+    another kind under the same `arch`, or from the target's own; `launch_attached` runs a target that the drafter is
+    attached to, None where it cannot be.
     """
 
     kind: str
@@ -130,6 +132,14 @@ class Cell:
     tokenizer: bool = True
     notes: tuple[Note, ...] = ()
     telling: Role | None = None
+    launch_attached: str | None = None
+
+    def told_by(self, names: Collection[str]) -> bool:
+        """Whether the telling tensor is among these names."""
+        if self.telling is None:
+            return False
+        layers = {layer_of(name) for name in names} - {None} if self.telling.per_layer else {None}
+        return any(self.tensor_name((self.telling, layer)) in names for layer in layers)
 
     def tensor_name(self, key: TensorKey) -> str | None:
         """The runtime's name of a tensor, or None where its loader has none."""
@@ -220,14 +230,17 @@ def _captures_last(spec: DrafterSpec) -> bool:
 
 def write(cell: Cell, spec: DrafterSpec) -> tuple[KeyValue, ...]:
     """The spec's keys in this dialect, in the order of the table."""
-    facts = facts_of(spec)
+    return keys_of(cell, facts_of(spec))
+
+
+def keys_of(cell: Cell, facts: Facts) -> tuple[KeyValue, ...]:
     keys = [
         KeyValue(row.key.format(a=cell.arch), row.type, row.codec.encode(facts[row.field], facts), row.element)
         for row in (*cell.rows, *OWN_ROWS)
         if row.field in facts
     ]
     for count in cell.counts:
-        keys.append(KeyValue(count.key.format(a=cell.arch), U32, len(facts[count.field])))  # type: ignore[arg-type]
+        keys.append(KeyValue(count.key.format(a=cell.arch), U32, len(facts[count.field])))
     return tuple(keys)
 
 

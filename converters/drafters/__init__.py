@@ -11,13 +11,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from convert_drafter.converters.config import ConfigReader, lookup
+from convert_drafter.converters.drafters import mtp
 from convert_drafter.converters.drafters.dflash import DFLASH
 from convert_drafter.converters.drafters.dflash2 import DFLASH2
 from convert_drafter.converters.drafters.kind import Headers, Kind
+from convert_drafter.converters.drafters.mtp import needed
 from convert_drafter.converters.errors import WrongInput
 from convert_drafter.converters.plan import TensorRule
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (DFLASH, DFLASH2)}
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (DFLASH, DFLASH2, *mtp.FAMILIES)}
+
+
+MTP = "MTP"  # a family of targets has a kind of its own
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ SIGNATURES = (
     Signature("Laguna DFlash", r"aux_hidden_norms?\.|layers\.\d+\.self_attn\.(g_proj|qkv_proj)\."),
     Signature("Gemma-4 assistant", r"pre_projection\."),
     Signature("EAGLE-3", r"midlayer\.|layers\.0\.hidden_norm\."),
-    Signature("MTP", r"mtp(_layers)?\.|layers\.\d+\.eh_proj\."),
+    Signature(MTP, r"mtp(_layers)?\.|layers\.\d+\.eh_proj\."),
     Signature("DFlash with a reduced vocabulary", r"(d2t|t2d)$"),
     Signature("dflash", r"hidden_norm\.weight$"),
 )
@@ -54,11 +59,15 @@ def detect(reader: ConfigReader, headers: Headers) -> Kind:
     found = _by_tensors(headers)
     supported = ", ".join(KINDS)
     if found is None:
+        mtp.refuse_without_head(reader, len(headers))
         named = ", ".join(architectures) or "none"
         raise WrongInput(
             f"{reader.where}: no drafter's tensors in this checkpoint (architectures: {named});"
             f" expected one of: {supported}"
         )
+    if found == MTP:
+        reader.origins["kind"] = "tensor names and architectures"
+        return mtp.find_family(reader, architectures)
     if found not in KINDS:
         raise WrongInput(
             f"{reader.where}: the tensors are those of {found}, which is not converted yet; supported: {supported}"
@@ -88,4 +97,4 @@ def _refuse_quantized(reader: ConfigReader) -> None:
             raise reader.error(path, f"a quantized checkpoint ({method})", "the unquantized one: it is not read yet")
 
 
-__all__ = ["DFLASH", "DFLASH2", "KINDS", "SIGNATURES", "Kind", "detect", "rules_of"]
+__all__ = ["DFLASH", "DFLASH2", "KINDS", "SIGNATURES", "Kind", "detect", "needed", "rules_of"]

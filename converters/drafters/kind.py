@@ -16,7 +16,10 @@ Headers = Mapping[str, TensorHeader]
 
 @dataclass(frozen=True)
 class Kind:
-    """One drafter kind. `read_spec` raises `WrongInput` naming the key; `ignored` config keys mean nothing for it."""
+    """One drafter kind. `read_spec` raises `WrongInput` naming the key; `ignored` config keys mean nothing for it.
+
+    `in_target`: it lies in its target's own checkpoint.
+    """
 
     name: str
     summary: str
@@ -25,3 +28,4 @@ class Kind:
     rules: Callable[[ConfigReader], tuple[TensorRule, ...]]
     dropped: Callable[[ConfigReader], tuple[Dropped, ...]]
     ignored: tuple[str, ...]
+    in_target: bool = False

@@ -13,6 +13,7 @@ try:
 
     from convert_drafter.converters.verify.in_torch.reference.drafter import ReferenceDrafter
     from convert_drafter.converters.verify.in_torch.target import TorchTarget
+    from convert_drafter.converters.verify.in_torch.text import captures_of
 except ImportError as error:
     raise MissingEngine(f"{error.name}: not installed, and the torch engine needs it: {INSTALL}") from error
 
@@ -28,7 +29,7 @@ class TorchDrafter:
 
     def __init__(self, drafter: ReferenceDrafter, target: TorchTarget, captures: Sequence[int] | None = None) -> None:
         self.drafter, self.target = drafter, target
-        self.captures = tuple(drafter.spec.capture_layers if captures is None else captures)
+        self.captures = tuple(captures_of(drafter.spec) if captures is None else captures)
         self.length = 0  # positions in the context
         self.context: Any = None
         self._tokens: list[int] = []  # of those positions

@@ -17,13 +17,17 @@ from convert_drafter.converters.spec import DrafterSpec
 from convert_drafter.converters.verify.acceptance import Acceptance, counted, matching
 from convert_drafter.converters.verify.in_torch.reference.drafter import Drafted
 from convert_drafter.converters.verify.in_torch.target import TorchTarget
+from convert_drafter.converters.verify.in_torch.text import captures_of
 from convert_drafter.converters.verify.in_torch.texts import Text
 from convert_drafter.converters.verify.in_torch.weights import Weights, reference
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A drafter as some runtime would see it; `captures` are zero-based target layers, -1 the embedding's output."""
+    """A drafter as some runtime would see it.
+
+    `captures` are zero-based target layers, -1 the embedding's output, -2 the state after the final norm.
+    """
 
     name: str
     spec: DrafterSpec
@@ -32,7 +36,7 @@ class Variant:
 
 
 def variant(name: str | Path, spec: DrafterSpec, weights: Weights) -> Variant:
-    return Variant(str(name), spec, weights, spec.capture_layers)
+    return Variant(str(name), spec, weights, captures_of(spec))
 
 
 class Reading:

@@ -19,10 +19,17 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging
 
 from convert_drafter.converters.errors import WrongInput
+from convert_drafter.converters.spec import DrafterSpec
 
 CHUNK = 512  # tokens of a prompt processed at once
 EMBEDDING = -1  # the "layer" whose state is the embedding's output
+FINAL = -2  # the "layer" whose state is the decoder's output, after the final norm
 Captured = dict[int, Tensor]  # layer -> states (positions, H) f32
+
+
+def captures_of(spec: DrafterSpec) -> tuple[int, ...]:
+    """The layers whose states a drafter reads: those it names, else the target's final state."""
+    return spec.capture_layers or (FINAL,)
 
 
 @contextmanager
@@ -42,8 +49,8 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def recording(layers: nn.ModuleList, wanted: Sequence[int]) -> Iterator[Captured]:
-    """Fills in the state after each wanted layer while the model runs.
+def recording(decoder: nn.Module, layers: nn.ModuleList, wanted: Sequence[int]) -> Iterator[Captured]:
+    """Fills in the state after each wanted layer of the decoder while it runs.
 
     Hooks, because the last of transformers' `hidden_states` comes after the final norm.
     """
@@ -55,14 +62,16 @@ def recording(layers: nn.ModuleList, wanted: Sequence[int]) -> Iterator[Captured
         found[layer] = state[0].float()
 
     def after(layer: int) -> Any:
-        return lambda module, args, out: record(layer, out[0] if isinstance(out, tuple) else out)
+        return lambda module, args, out: record(layer, out if isinstance(out, Tensor) else out[0])
 
     def before(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         record(EMBEDDING, args[0] if args else kwargs["hidden_states"])
 
     with ExitStack() as hooks:
         for layer in wanted:
-            if layer == EMBEDDING:
+            if layer == FINAL:
+                hook = decoder.register_forward_hook(after(layer))
+            elif layer == EMBEDDING:
                 hook = layers[0].register_forward_pre_hook(before, with_kwargs=True)
             else:
                 hook = layers[layer].register_forward_hook(after(layer))
@@ -132,7 +141,7 @@ class TargetText:
         """Process tokens in one forward: logits (n, vocab) f32 after each, or (1, vocab) after the last."""
         self._commit(len(self._verified))
         self._saved = [] if last_only or len(tokens) == 1 else snapshot(self.cache)
-        with recording(self._layers, self._captures) as self._states:
+        with recording(self._model.get_decoder(), self._layers, self._captures) as self._states:
             logits = self._forward(tokens, 1 if last_only else len(tokens))
         self._verified = tuple(tokens)
         return logits

@@ -20,6 +20,7 @@ from convert_drafter.converters.roles import Role, TensorKey
 from convert_drafter.converters.spec import DrafterSpec
 from convert_drafter.converters.target import Target
 from convert_drafter.converters.verify.in_torch.reference.dflash import DFlash
+from convert_drafter.converters.verify.in_torch.reference.mtp import Mtp
 from convert_drafter.quant import TYPES, dequantize
 
 Weights = dict[TensorKey, NDArray[np.float32]]
@@ -61,10 +62,14 @@ def file_weights(file: DrafterFile) -> Weights:
 def parameter_names(spec: DrafterSpec) -> dict[TensorKey, str]:
     """Canonical key -> parameter of the reference, which carries the checkpoint's names (the first of several)."""
     rules = reversed(rules_of(spec.kind))
-    return {key: rule.source_name(key) for rule in rules for key in rule.keys(spec)}
+    return {key: rule.source_name(key, spec) for rule in rules for key in rule.keys(spec)}
 
 
-REFERENCES: dict[str, Callable[[DrafterSpec, Collection[Role]], nn.Module]] = {"dflash": DFlash, "dflash2": DFlash}
+REFERENCES: dict[str, Callable[[DrafterSpec, Collection[Role]], nn.Module]] = {
+    "dflash": DFlash,
+    "dflash2": DFlash,
+    "mtp-qwen35": Mtp,
+}
 
 
 def reference(spec: DrafterSpec, weights: Mapping[TensorKey, NDArray[Any]]) -> Any:

