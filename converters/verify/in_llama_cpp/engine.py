@@ -28,7 +28,7 @@ from convert_drafter.converters.verify.in_llama_cpp.answers import (
 )
 from convert_drafter.converters.verify.in_llama_cpp.probe import Engine, find_server
 from convert_drafter.converters.verify.in_llama_cpp.process import EngineFailure
-from convert_drafter.converters.verify.in_llama_cpp.serving import Setup, require_drafting, serving
+from convert_drafter.converters.verify.in_llama_cpp.serving import SPEC_TYPES, Setup, require_drafting, serving
 from convert_drafter.converters.verify.in_llama_cpp.tokens import ServerTokenizer, logit_gap
 from convert_drafter.converters.verify.job import MEASURED, STEP_SLACK, EngineAnswer, VerifyJob
 from convert_drafter.converters.verify.measured import Loss, Measured, SweepPoint, Watch
@@ -112,8 +112,10 @@ def _drafting(
     job: VerifyJob, engine: Engine, asked: Asked, drafter: Path, spec: DrafterSpec, watch: Watch
 ) -> EngineRun:
     assert job.gguf is not None
-    length = spec.draft_length
-    return run_prompts(engine, job.gguf, asked.tokens, job.new_tokens, drafter, length, job.threads, watch)
+    spec_type, length = SPEC_TYPES[spec.kind], spec.draft_length
+    require_drafting(engine, spec_type)
+    asking = (asked.tokens, job.new_tokens, drafter, length, job.threads, watch)
+    return run_prompts(engine, job.gguf, *asking, spec_type=spec_type)
 
 
 def _drafting_original(job: VerifyJob, engine: Engine, asked: Asked, original: Path, watch: Watch) -> EngineRun:
