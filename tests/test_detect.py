@@ -13,6 +13,7 @@ from convert_drafter.converters.config import ConfigReader
 from convert_drafter.converters.convert import ConvertJob, prepare, read_published
 from convert_drafter.converters.drafters import DFLASH, KINDS, SIGNATURES, detect
 from convert_drafter.converters.errors import Problems, WrongInput
+from convert_drafter.converters.spec import HEADS
 
 WHERE = "drafter/config.json"
 PLAIN = tuple(dflash_shapes(small_config()))
@@ -27,6 +28,7 @@ EAGLE3 = ("fc.weight", "midlayer.hidden_norm.weight", "midlayer.self_attn.q_proj
 EAGLE3_LAYERS = ("fc.weight", "layers.0.hidden_norm.weight", "layers.0.self_attn.q_proj.weight", "norm.weight", "d2t")
 MTP = ("mtp.fc.weight", "mtp.layers.0.self_attn.q_proj.weight")
 GLM_MTP = ("model.layers.78.eh_proj.weight", "model.layers.78.enorm.weight", "model.embed_tokens.weight")
+MIMO = ("model.mtp_layers.0.input_proj.weight", "model.embed_tokens.weight")
 GEMMA = ("pre_projection.weight", "post_projection.weight", *LAYER)
 REDUCED = (*PLAIN, "embed_tokens.weight", "lm_head.weight", "d2t", "t2d")
 TARGET = ("model.embed_tokens.weight", *(f"model.{name}" for name in LAYER), "model.norm.weight", "lm_head.weight")
@@ -71,8 +73,6 @@ def test_dflash2_under_either_label(label: str) -> None:
         pytest.param(EAGLE3, ["LlamaForCausalLMEagle3"], "EAGLE-3", id="EAGLE-3"),
         pytest.param(EAGLE3, ["LlamaForCausalLM"], "EAGLE-3", id="G-15 EAGLE-3 under Llama's name"),
         pytest.param(EAGLE3_LAYERS, ["Eagle3DraftModel"], "EAGLE-3", id="EAGLE-3, speculators"),
-        pytest.param(MTP, ["MTPDraftModel"], "MTP", id="MTP"),
-        pytest.param(GLM_MTP, ["GlmMoeDsaForCausalLM"], "MTP", id="MTP inside a target"),
         pytest.param(GEMMA, ["Gemma4AssistantForCausalLM"], "Gemma-4 assistant", id="Gemma-4 assistant"),
         pytest.param(REDUCED, ["DFlashSpeculator"], "reduced vocabulary", id="G-24 d2t"),
         pytest.param((*PLAIN, "t2d"), ["DFlashDraftModel"], "reduced vocabulary", id="G-24 t2d alone"),
@@ -123,9 +123,31 @@ def test_architectures_are_strings() -> None:
         found(PLAIN, architectures=[3])
 
 
+@pytest.mark.parametrize(
+    ("tensors", "architecture", "why"),
+    [
+        pytest.param(MTP, "MTPDraftModel", "not converted yet", id="a speculator"),
+        pytest.param(GLM_MTP, "GlmMoeDsaForCausalLM", "not converted yet", id="inside a target"),
+        pytest.param(
+            GLM_MTP, "DeepseekV3ForCausalLM", "no runtime loads it: llama.cpp's converter drops", id="DeepSeek-V3"
+        ),
+        pytest.param(MIMO, "MiMoForCausalLM", "no runtime loads it: llama.cpp has no MiMo before V2", id="MiMo-7B"),
+    ],
+)
+def test_heads_of_other_targets_are_refused_by_name(tensors: tuple[str, ...], architecture: str, why: str) -> None:
+    with pytest.raises(WrongInput) as caught:
+        found(tensors, architectures=[architecture])
+    for fragment in (WHERE, f"the MTP head of {architecture}, {why}", "expected one of Qwen3_5ForConditional"):
+        assert fragment in str(caught.value)
+
+
+def test_a_head_is_told_by_its_target() -> None:
+    assert found(MTP, architectures=["Qwen3_5ForConditionalGeneration"]) is KINDS["mtp-qwen35"]
+
+
 def test_every_kind_is_reachable() -> None:
     kinds = [signature.kind for signature in SIGNATURES]
-    assert set(KINDS) <= set(kinds) and len(kinds) == len(set(kinds))
+    assert set(KINDS) - HEADS <= set(kinds) and len(kinds) == len(set(kinds))
 
 
 # --- names that decide nothing ---

@@ -54,9 +54,10 @@ def rules_of(kind: str) -> tuple[TensorRule, ...]:
 
 def detect(reader: ConfigReader, headers: Headers) -> Kind:
     """The kind of a checkpoint. Raises `WrongInput` naming what it is, when it is something we do not convert."""
-    _refuse_quantized(reader)
     architectures = reader.find_list("architectures", str, "architectures") or ()
     found = _by_tensors(headers)
+    family = mtp.find_family(reader, architectures) if found == MTP else None
+    _refuse_quantized(reader)
     supported = ", ".join(KINDS)
     if found is None:
         mtp.refuse_without_head(reader, len(headers))
@@ -65,9 +66,9 @@ def detect(reader: ConfigReader, headers: Headers) -> Kind:
             f"{reader.where}: no drafter's tensors in this checkpoint (architectures: {named});"
             f" expected one of: {supported}"
         )
-    if found == MTP:
+    if family is not None:
         reader.origins["kind"] = "tensor names and architectures"
-        return mtp.find_family(reader, architectures)
+        return family
     if found not in KINDS:
         raise WrongInput(
             f"{reader.where}: the tensors are those of {found}, which is not converted yet; supported: {supported}"

@@ -1,0 +1,84 @@
+"""Small checkpoints of targets with an MTP head, made by `fixtures/make_mtp.py`, for tests to convert and to spoil."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import make_mtp
+from published import DELETE, changed
+from safetensors.numpy import load_file, save_file
+
+from convert_drafter.converters import ConvertJob
+from convert_drafter.converters.convert import Conversion, prepare
+
+SMALL = {
+    "head_dim": 32,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "linear_key_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_value_head_dim": 16,
+    "partial_rotary_factor": 0.5,
+    "rope_parameters": {
+        "mrope_interleaved": True,
+        "mrope_section": [3, 3, 2],
+        "partial_rotary_factor": 0.5,
+        "rope_theta": 10_000_000,
+        "rope_type": "default",
+    },
+    "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+    "num_hidden_layers": 4,
+    "tie_word_embeddings": False,
+}
+
+
+def small(folder: Path, prefix: str = "model.", shards: int = 1, **changes: Any) -> Path:
+    """A target in which every width is another one, partly rotated, with an output head of its own."""
+    return make_mtp.random(folder, prefix, shards, **{**SMALL, **changes})
+
+
+def reconfigure(folder: Path, **changes: Any) -> Path:
+    """Change a checkpoint's config by dotted paths, given with `__` for the dots."""
+    path = folder / "config.json"
+    spelled = {key.replace("__", "."): value for key, value in changes.items()}
+    path.write_text(json.dumps(changed(json.loads(path.read_text()), spelled)))
+    return folder
+
+
+def without(folder: Path, *starts: str) -> Path:
+    """Take the tensors away whose names begin so."""
+    path = folder / "model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(path).items() if not name.startswith(starts)}
+    save_file(tensors, path)
+    return folder
+
+
+def as_multimodal(folder: Path) -> Path:
+    """The config as a vision model has it: the text model's facts in an object of their own."""
+    path = folder / "config.json"
+    text = json.loads(path.read_text())
+    text.pop("architectures")
+    config = {
+        "architectures": ["Qwen3_5ForConditionalGeneration"],
+        "image_token_id": 2040,
+        "model_type": "qwen3_5",
+        "text_config": text,
+        "tie_word_embeddings": text["tie_word_embeddings"],
+        "vision_config": {"depth": 2, "hidden_size": 32},
+    }
+    path.write_text(json.dumps(config))
+    return folder
+
+
+def job(source: Path, out: Path, **options: Any) -> ConvertJob:
+    return ConvertJob(source, options.pop("target", None), "llama.cpp", options.pop("recipe", "F32"), out, **options)
+
+
+def planned(source: Path, **options: Any) -> Conversion:
+    return prepare(job(source, source.parent / "out.gguf", **options))
+
+
+__all__ = ["DELETE", "as_multimodal", "job", "planned", "reconfigure", "small", "without"]
