@@ -32,7 +32,7 @@ from convert_drafter.converters.spec import DrafterSpec
 from convert_drafter.converters.target import Target, read_target, target_tokenizer
 from convert_drafter.converters.tokenizer import Tokenizer
 from convert_drafter.converters.type_choice import TypeOptions
-from convert_drafter.quant import TYPES
+from convert_drafter.quant import I64, TYPES
 from convert_drafter.quant.base import Bytes, F32Array, Run
 from convert_drafter.quant.measure import Errors
 
@@ -194,11 +194,11 @@ def encoded(
     tally: Tally | None = None,
 ) -> Iterator[Bytes]:
     """The bytes of one output tensor, a slab of rows at a time; raises `WrongInput` naming tensor and row."""
-    header, source = tensor.header, TYPES[tensor.header.dtype]
+    header, source = tensor.header, I64 if tensor.op.ids else TYPES[tensor.header.dtype]
     encoder = Encoder(header.file, header.name, source, tensor.choice.type, importance, tally)
     max_bytes = SLAB_WEIGHTS * source.layout.itemsize
     for start, stop in row_ranges(header, max_bytes, head_dim if tensor.op.by_head else 1):
-        rows = tensor.op.apply(read_rows(header, start, stop), head_dim)
+        rows = tensor.op.apply(read_rows(header, start, stop), head_dim, start)
         yield encoder.rows(np.ascontiguousarray(rows).reshape(-1).view(np.uint8), rows.shape, start, run)
 
 
@@ -246,6 +246,7 @@ def launch_line(cell: Cell, spec: DrafterSpec, target: Path | None, out: Path) -
     return cell.launch.format(
         target=shlex.quote(str(target)) if target is not None and target.is_file() else "TARGET.gguf",
         drafter=shlex.quote(str(out)),
+        draft_type=cell.draft_type,
         drafted=spec.draft_length,
     )
 

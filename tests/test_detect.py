@@ -52,19 +52,37 @@ def test_dflash(tensors: tuple[str, ...], architectures: list[str] | None) -> No
     assert found(tensors, architectures=architectures) is DFLASH
 
 
-@pytest.mark.parametrize("label", ["DFlash2DraftModel", "DFlashDraftModel"], ids=["its own", "G-15 DFlash's"])
-def test_dflash2_under_either_label(label: str) -> None:
-    assert found(DFLASH2, architectures=[label]) is KINDS["dflash2"]
+@pytest.mark.parametrize(
+    ("tensors", "architecture", "kind"),
+    [
+        pytest.param(DFLASH2, "DFlash2DraftModel", "dflash2", id="DFlash2"),
+        pytest.param(DFLASH2, "DFlashDraftModel", "dflash2", id="G-15 DFlash2 weights, DFlash label"),
+        pytest.param(DSPARK, "DSparkDraftModel", "dspark", id="DSpark"),
+        pytest.param(DSPARK, "DFlashDraftModel", "dspark", id="G-15 DSpark weights, DFlash label"),
+        pytest.param(DSPARK, "Qwen3DSparkModel", "dspark", id="DeepSpec"),
+        pytest.param(DSPARK, "Lfm2DSparkDraftModel", "dspark", id="LFM2"),
+        pytest.param(MODELOPT, None, "dspark", id="ModelOpt's flat names"),
+        pytest.param(REDUCED, "DFlashSpeculator", "dflash", id="G-24 d2t"),
+        pytest.param((*PLAIN, "t2d"), "DFlashDraftModel", "dflash", id="G-24 t2d alone"),
+    ],
+)
+def test_relatives_of_dflash(tensors: tuple[str, ...], architecture: str | None, kind: str) -> None:
+    for names in (tensors, tuple(reversed(tensors))):
+        assert found(names, architectures=architecture and [architecture]) is KINDS[kind]
+
+
+@pytest.mark.parametrize(
+    "architecture", ["KimiK3DSpark5MLADraftModel", "Gemma4DSparkModel", "LagunaDSparkModel", "Qwen35DSparkModel"]
+)
+def test_dspark_of_another_build_is_refused(architecture: str) -> None:
+    """G-27: their attention or feed-forward is another one, under the same names of the Markov head."""
+    with pytest.raises(WrongInput, match=f"architectures: {architecture} on dspark tensors, expected one of"):
+        found(DSPARK, architectures=[architecture])
 
 
 @pytest.mark.parametrize(
     ("tensors", "architectures", "kind"),
     [
-        pytest.param(DSPARK, ["DSparkDraftModel"], "DSpark", id="DSpark"),
-        pytest.param(DSPARK, ["DFlashDraftModel"], "DSpark", id="G-15 DSpark weights, DFlash label"),
-        pytest.param(DSPARK, ["Qwen3DSparkModel"], "DSpark", id="DeepSpec"),
-        pytest.param(DSPARK, ["KimiK3DSpark5MLADraftModel"], "DSpark", id="G-27 MLA"),
-        pytest.param(MODELOPT, None, "DSpark", id="ModelOpt's flat names"),
         pytest.param(DOMINO, ["DominoDraftModel"], "Domino", id="G-27 Domino"),
         pytest.param(LAGUNA, ["DFlashLagunaForCausalLM"], "Laguna DFlash", id="G-18 Laguna"),
         pytest.param(LAGUNA_GATED, ["DFlashDraftModel"], "Laguna DFlash", id="G-18 Laguna by its gate"),
@@ -74,8 +92,6 @@ def test_dflash2_under_either_label(label: str) -> None:
         pytest.param(MTP, ["MTPDraftModel"], "MTP", id="MTP"),
         pytest.param(GLM_MTP, ["GlmMoeDsaForCausalLM"], "MTP", id="MTP inside a target"),
         pytest.param(GEMMA, ["Gemma4AssistantForCausalLM"], "Gemma-4 assistant", id="Gemma-4 assistant"),
-        pytest.param(REDUCED, ["DFlashSpeculator"], "reduced vocabulary", id="G-24 d2t"),
-        pytest.param((*PLAIN, "t2d"), ["DFlashDraftModel"], "reduced vocabulary", id="G-24 t2d alone"),
     ],
 )
 def test_other_kinds_are_refused_by_name(tensors: tuple[str, ...], architectures: list[str] | None, kind: str) -> None:

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from convert_drafter.converters.config import ConfigReader, lookup
 from convert_drafter.converters.drafters.dflash import DFLASH
 from convert_drafter.converters.drafters.dflash2 import DFLASH2
+from convert_drafter.converters.drafters.dspark import DSPARK
 from convert_drafter.converters.drafters.kind import Headers, Kind
 from convert_drafter.converters.errors import WrongInput
 from convert_drafter.converters.plan import TensorRule
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (DFLASH, DFLASH2)}
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (DFLASH, DFLASH2, DSPARK)}
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,12 @@ class Signature:
 # The first match decides, so a kind stands before the kinds whose tensors it shares.
 SIGNATURES = (
     Signature("dflash2", r"candidate_selector\."),
-    Signature("DSpark", r"(dspark_)?(markov_head\.)?markov_w1|markov_head\."),
+    Signature("dspark", r"(dspark_)?(markov_head\.)?markov_w1|markov_head\."),
     Signature("Domino", r"domino_|prefix_gru\."),
     Signature("Laguna DFlash", r"aux_hidden_norms?\.|layers\.\d+\.self_attn\.(g_proj|qkv_proj)\."),
     Signature("Gemma-4 assistant", r"pre_projection\."),
     Signature("EAGLE-3", r"midlayer\.|layers\.0\.hidden_norm\."),
     Signature("MTP", r"mtp(_layers)?\.|layers\.\d+\.eh_proj\."),
-    Signature("DFlash with a reduced vocabulary", r"(d2t|t2d)$"),
     Signature("dflash", r"hidden_norm\.weight$"),
 )
 
@@ -88,4 +88,4 @@ def _refuse_quantized(reader: ConfigReader) -> None:
             raise reader.error(path, f"a quantized checkpoint ({method})", "the unquantized one: it is not read yet")
 
 
-__all__ = ["DFLASH", "DFLASH2", "KINDS", "SIGNATURES", "Kind", "detect", "rules_of"]
+__all__ = ["DFLASH", "DFLASH2", "DSPARK", "KINDS", "SIGNATURES", "Kind", "detect", "rules_of"]

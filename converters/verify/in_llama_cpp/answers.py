@@ -11,7 +11,7 @@ from typing import Any
 from convert_drafter.converters.errors import WrongInput
 from convert_drafter.converters.verify.acceptance import Acceptance, counted, matching
 from convert_drafter.converters.verify.in_llama_cpp.probe import Engine
-from convert_drafter.converters.verify.in_llama_cpp.serving import LIMITS, Limits, Server, Setup, quiet, serving
+from convert_drafter.converters.verify.in_llama_cpp.serving import DFLASH, LIMITS, Limits, Server, Setup, quiet, serving
 from convert_drafter.converters.verify.measured import Watch
 
 # Every knob that could move the choice of a token is spelled out: a GGUF may carry sampling defaults of its own.
@@ -158,14 +158,15 @@ def run_prompts(
     threads: int | None = None,
     on_progress: Watch = quiet,
     limits: Limits = LIMITS,
+    draft_type: str = DFLASH,
 ) -> EngineRun:
-    """Start the engine, answer every prompt, stop it. Give the drafter's own draft length: its block size minus one.
+    """Start the engine, answer every prompt, stop it. Give the drafter's own draft length and its cell's draft type.
 
     Raises `MissingEngine` for one too old, `WrongInput` for prompts it cannot take, `EngineFailure` where it crashes,
     hangs or answers nonsense.
     """
     context = context_for(prompts, new_tokens, draft_length or 0) if prompts else ROUND_CONTEXT
-    setup = Setup(target, context, drafter, draft_length, threads)
+    setup = Setup(target, context, drafter, draft_length, threads, draft_type)
     with serving(engine, setup, on_progress, limits) as server:
         return answer_all(server, prompts, new_tokens, on_progress)
 

@@ -20,7 +20,7 @@ from convert_drafter.converters.roles import Role, TensorKey
 from convert_drafter.converters.spec import DrafterSpec
 from convert_drafter.converters.target import Target
 from convert_drafter.converters.verify.in_torch.reference.dflash import DFlash
-from convert_drafter.quant import TYPES, dequantize
+from convert_drafter.quant import STORED, dequantize
 
 Weights = dict[TensorKey, NDArray[np.float32]]
 
@@ -33,7 +33,7 @@ def checkpoint_weights(published: Published) -> Weights:
     out = {}
     for key, match in matcher.matches.items():
         rows = read_rows(match.header, 0, match.header.rows)
-        out[key] = match.rule.op.apply(rows, published.spec.head_dim).astype(np.float32)
+        out[key] = match.rule.op.apply(rows, published.spec.head_dim, 0).astype(np.float32)
     return out
 
 
@@ -53,7 +53,7 @@ def file_weights(file: DrafterFile) -> Weights:
     if file.problems:
         raise Problems(str(file.file.path), file.problems)
     return {
-        key: dequantize(file.file.tensor_bytes(stored.name), TYPES[stored.type.name], stored.shape)
+        key: dequantize(file.file.tensor_bytes(stored.name), STORED[stored.type.name], stored.shape)
         for key, stored in file.tensors.items()
     }
 
@@ -64,7 +64,9 @@ def parameter_names(spec: DrafterSpec) -> dict[TensorKey, str]:
     return {key: rule.source_name(key) for rule in rules for key in rule.keys(spec)}
 
 
-REFERENCES: dict[str, Callable[[DrafterSpec, Collection[Role]], nn.Module]] = {"dflash": DFlash, "dflash2": DFlash}
+REFERENCES: dict[str, Callable[[DrafterSpec, Collection[Role]], nn.Module]] = dict.fromkeys(
+    ("dflash", "dflash2", "dspark"), DFlash
+)
 
 
 def reference(spec: DrafterSpec, weights: Mapping[TensorKey, NDArray[Any]]) -> Any:
