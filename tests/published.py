@@ -83,7 +83,8 @@ def changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
 def dflash_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a DFlash checkpoint with this config, as z-lab publishes them."""
     inner = config.get("dflash_config") or {}
-    captures = inner.get("target_layer_ids") or config.get("target_layer_ids") or [0]
+    captures = inner.get("target_layer_ids") or config.get("target_layer_ids")
+    captures = captures or config.get("aux_hidden_state_layer_ids") or [0]
     hidden, ff, d = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     queries, keys = config["num_attention_heads"] * d, config["num_key_value_heads"] * d
     shapes: dict[str, tuple[int, ...]] = {
@@ -181,7 +182,7 @@ def scaled_down(config: Mapping[str, Any]) -> dict[str, Any]:
     modulo the small vocabulary.
     """
     out: dict[str, Any] = json.loads(json.dumps(config))
-    small = _small_widths(config)
+    small = _small_widths(config.get("transformer_layer_config", {}) | config)
     out |= {key: value for key, value in small.items() if isinstance(config.get(key), int)}
     for part in (out, out.get("dflash_config")):
         for key in MASKS:
@@ -214,7 +215,11 @@ def _small_widths(config: Mapping[str, Any]) -> dict[str, int]:
 
 def published_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Tensors of a scaled-down config, with the biases, sinks and parts it announces; absent keys are made up."""
-    full = {**_small_widths({"vocab_size": 1, "draft_vocab_size": 1}), "num_hidden_layers": 2, **{k: v for k, v in config.items() if v is not None}}
+    full = {
+        **_small_widths({"vocab_size": 1, "draft_vocab_size": 1}),
+        "num_hidden_layers": 2,
+        **{k: v for k, v in config.items() if v is not None},
+    }
     shapes = dflash_shapes(full)
     inner = config.get("dflash_config") or {}
     for i in range(full["num_hidden_layers"]):

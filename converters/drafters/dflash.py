@@ -245,8 +245,10 @@ def read_target_depth(reader: ConfigReader, target: Target | None) -> int:
     """The target's layers, not the number of capture layers; config and target have to agree."""
     paths = ("num_target_layers", "dflash_config.num_target_layers")
     depth = reader.find("target_layer_count", int, *paths)
+    if target is None and depth is None:
+        raise reader.missing("target_layer_count", "an integer, or the target itself (--target)", *paths)
     if target is None:
-        return reader.get("target_layer_count", int, *paths) if depth is None else depth
+        return depth or 0
     if depth is not None and depth != target.layer_count:
         expected = f"{target.layer_count}, the layers of the target {target.name}; is it the target of this drafter?"
         raise reader.error(reader.origins["target_layer_count"], f"found {depth}", expected)
