@@ -30,6 +30,7 @@ from convert_drafter.converters.recipes import RECIPES, Recipe
 from convert_drafter.converters.roles import role_name
 from convert_drafter.converters.spec import DrafterSpec
 from convert_drafter.converters.target import Target, read_target, target_tokenizer
+from convert_drafter.converters.token_ids import ids_of_checkpoint
 from convert_drafter.converters.tokenizer import Tokenizer
 from convert_drafter.converters.type_choice import TypeOptions
 from convert_drafter.quant import I64, TYPES
@@ -135,7 +136,12 @@ def prepare(job: ConvertJob) -> Conversion:
     options = replace(job.options, importance=importance is not None)
     plan = plan_tensors(matcher, recipe, cell.tensor_name, cell.runtime, cell.needs, options)
     target, architecture = published.target, published.target.architecture if published.target else None
-    problems = [*matcher.problems, *objections(cell, spec, architecture), *_mispairing(spec, target)]
+    problems = [
+        *matcher.problems,
+        *ids_of_checkpoint(matcher),
+        *objections(cell, spec, architecture),
+        *_mispairing(spec, target),
+    ]
     if problems:
         raise Problems(str(job.source), problems)
     tokenizer = tokenizer_for(cell, job.target, spec)

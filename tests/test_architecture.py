@@ -20,7 +20,7 @@ FLOORS = {
         *("config", "checkpoint", "gguf_file", "gguf_read", "pre_tokenizers", "tokenizer", "target"),
         *("importance", "encoding"),
     ],
-    3: ["ops", "recipe_rules", "recipes", "type_choice", "plan", "provenance"],
+    3: ["ops", "recipe_rules", "recipes", "type_choice", "plan", "provenance", "token_ids"],
     4: ["drafters", "dialects"],
     5: [
         *("convert", "inspection", "drafter_file", "quantize", "redialect", "verify"),
