@@ -25,7 +25,8 @@ from convert_drafter.converters.errors import BadFact, Problems, WrongInput, Wro
 from convert_drafter.converters.gguf_file import KeyValue, StoredTensor, partial_name, write_gguf
 from convert_drafter.converters.importance import Importance, read_importance, without_entry
 from convert_drafter.converters.ops import Array
-from convert_drafter.converters.plan import Matcher, Plan, PlannedTensor, match_tensors, plan_tensors
+from convert_drafter.converters.plan import Dropped, Matcher, Plan, PlannedTensor, match_tensors, plan_tensors
+from convert_drafter.converters.quantized import expand
 from convert_drafter.converters.recipes import RECIPES, Recipe
 from convert_drafter.converters.roles import role_name
 from convert_drafter.converters.spec import DrafterSpec
@@ -75,7 +76,9 @@ class Published:
     def match(self, ignore: Sequence[str] = ()) -> Matcher:
         """Every tensor's place, with what does not fit; `ignore` are glob patterns of tensors to leave out."""
         rules, dropped = self.kind.rules(self.reader), self.kind.dropped(self.reader)
-        return match_tensors(self.spec, rules, dropped, self.checkpoint.tensors, ignore)
+        matcher = match_tensors(self.spec, rules, dropped, self.checkpoint.tensors, ignore)
+        matcher.dropped += [Dropped(name, reason) for name, reason in self.checkpoint.left_out.items()]
+        return matcher
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,7 @@ def read_published(
     """Open a checkpoint and read every fact. Raises `WrongInput` naming file and key."""
     checkpoint = open_checkpoint(source)
     reader = ConfigReader(checkpoint.config, str(checkpoint.config_path), settings)
+    checkpoint = expand(checkpoint, reader)
     kind = detect(reader, checkpoint.tensors)
     target = None if target_path is None else read_target(target_path)
     try:
