@@ -9,10 +9,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 from published import DTYPE_NAMES, PAIR, dflash_shapes, small_config, write_checkpoint
 from quantized_sources import SOURCES, Source, ct_config, fp8_config, tensors_of, weights_args
-from safetensors.torch import save_file
 
 from convert_drafter.converters import ConvertJob, convert
 from convert_drafter.converters.checkpoint import open_checkpoint, read_rows
@@ -24,6 +22,10 @@ from convert_drafter.converters.quantized import expand
 from convert_drafter.converters.roles import Role
 
 pytestmark = pytest.mark.engine
+torch = pytest.importorskip("torch")
+
+from safetensors.torch import save_file  # noqa: E402
+
 SHAPE = (96, 64)
 CT = [source for source in SOURCES if source.config.get("quant_method") == "compressed-tensors"]
 TORCH = {"F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu, "BF16": torch.bfloat16}
