@@ -158,7 +158,7 @@ def _left_out(plan: Plan) -> Iterator[str]:
 def _notes(conversion: Conversion) -> Iterator[str]:
     published = conversion.published
     if stored := published.checkpoint.quantization:
-        yield f"the source is quantized ({stored}): what it lost is lost, whatever type they have here"
+        yield f"the source is quantized ({stored}): its weights were rounded before they came here"
     yield from (note.text for note in conversion.cell.notes if note.concerns(published.spec))
 
 
