@@ -6,14 +6,13 @@ Format (https://huggingface.co/docs/safetensors): 8 bytes little-endian header l
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from convert_drafter.converters.errors import Problems, WrongInput
+from convert_drafter.converters.json_text import json_object
 
 Array = npt.NDArray[Any]
 Headers = dict[str, "TensorHeader"]
@@ -44,7 +44,10 @@ MEND = "download the file again or use another release"
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """A tensor as its file describes it: shape in torch order, `start` and `end` are byte positions in `file`."""
+    """A tensor as its file describes it: shape in torch order, `start` and `end` are byte positions in `file`.
+
+    A quantized tensor is described as what it stands for: `stored` is its scheme, and `expand` makes its rows.
+    """
 
     name: str
     dtype: str
@@ -52,6 +55,8 @@ class TensorHeader:
     file: Path
     start: int
     end: int
+    stored: str = ""
+    expand: Callable[[int, int], Array] | None = None
 
     @property
     def n_bytes(self) -> int:
@@ -69,7 +74,10 @@ class TensorHeader:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose headers hold; `root` is the folder of config.json, `tensors` are sorted by name."""
+    """A checkpoint whose headers hold; `root` is the folder of config.json, `tensors` are sorted by name.
+
+    `quantization` says how its weights are stored where that is not as floats; `left_out` maps tensors to reasons.
+    """
 
     root: Path
     config_path: Path
@@ -78,6 +86,8 @@ class Checkpoint:
     files: tuple[Path, ...]
     header_sha256: dict[str, str]  # file name -> digest of its JSON header, without the 8 length bytes
     unused: tuple[Path, ...] = ()  # weight files beside the index that it does not name
+    quantization: str = ""
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
 def open_checkpoint(source: Path) -> Checkpoint:
@@ -110,6 +120,8 @@ def read_rows(tensor: TensorHeader, start: int, stop: int) -> Array:
     """
     if not 0 <= start <= stop <= tensor.rows:
         raise IndexError(f"tensor {tensor.name!r}: rows {start}..{stop} of {tensor.rows}")
+    if tensor.expand is not None:
+        return tensor.expand(start, stop)
     rows = np.empty((stop - start, *tensor.shape[1:]), DTYPES[tensor.dtype])
     # A plain read and no mmap: mapped pages would count as resident memory for the whole run.
     with reading(tensor.file), tensor.file.open("rb") as file:
@@ -290,24 +302,6 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise WrongInput(f"{error.filename or path}: cannot be read: {error.strerror or error}") from error
-
-
-def json_object(where: str, raw: bytes) -> dict[str, Any]:
-    try:
-        found = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_once)
-    except (ValueError, RecursionError) as error:
-        raise WrongInput(f"{where}: not valid JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise WrongInput(f"{where}: found {reprlib.repr(found)}, expected a JSON object")
-    return found
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    "".join(found).encode("utf-8")  # raises on half a surrogate pair, which could be neither shown nor written
-    if len(found) < len(pairs):
-        raise ValueError(f"duplicate key {Counter(name for name, _ in pairs).most_common(1)[0][0]!r}")
-    return found
 
 
 def _names(paths: Iterable[Path]) -> str:

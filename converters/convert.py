@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,14 +18,16 @@ from convert_drafter.converters.checkpoint import (
     row_ranges,
 )
 from convert_drafter.converters.config import ConfigReader
+from convert_drafter.converters.destination import refuse_overwriting, sources_of
 from convert_drafter.converters.dialects import Cell, doubts, find_cell, objections, write
 from convert_drafter.converters.drafters import Kind, detect
 from convert_drafter.converters.encoding import SLAB_WEIGHTS, Encoder, Tally, cores
 from convert_drafter.converters.errors import BadFact, Problems, WrongInput, WrongUsage
-from convert_drafter.converters.gguf_file import KeyValue, StoredTensor, partial_name, write_gguf
+from convert_drafter.converters.gguf_file import KeyValue, StoredTensor, write_gguf
 from convert_drafter.converters.importance import Importance, read_importance, without_entry
 from convert_drafter.converters.ops import Array
-from convert_drafter.converters.plan import Matcher, Plan, PlannedTensor, match_tensors, plan_tensors
+from convert_drafter.converters.plan import Dropped, Matcher, Plan, PlannedTensor, match_tensors, plan_tensors
+from convert_drafter.converters.quantized import expand
 from convert_drafter.converters.recipes import RECIPES, Recipe
 from convert_drafter.converters.roles import role_name
 from convert_drafter.converters.spec import DrafterSpec
@@ -37,7 +39,6 @@ from convert_drafter.quant import I64, TYPES
 from convert_drafter.quant.base import Bytes, F32Array, Run
 from convert_drafter.quant.measure import Errors
 
-OURS = (".gguf", ".partial")
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION in ggml.h
 
 
@@ -76,7 +77,9 @@ class Published:
     def match(self, ignore: Sequence[str] = ()) -> Matcher:
         """Every tensor's place, with what does not fit; `ignore` are glob patterns of tensors to leave out."""
         rules, dropped = self.kind.rules(self.reader), self.kind.dropped(self.reader)
-        return match_tensors(self.spec, rules, dropped, self.checkpoint.tensors, ignore)
+        matcher = match_tensors(self.spec, rules, dropped, self.checkpoint.tensors, ignore)
+        matcher.dropped += [Dropped(name, reason) for name, reason in self.checkpoint.left_out.items()]
+        return matcher
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,7 @@ def read_published(
     """Open a checkpoint and read every fact. Raises `WrongInput` naming file and key."""
     checkpoint = open_checkpoint(source)
     reader = ConfigReader(checkpoint.config, str(checkpoint.config_path), settings)
+    checkpoint = expand(checkpoint, reader)
     kind = detect(reader, checkpoint.tensors)
     target = None if target_path is None else read_target(target_path)
     try:
@@ -130,7 +134,7 @@ def prepare(job: ConvertJob) -> Conversion:
     published = read_published(job.source, job.target, job.settings)
     reader, spec, checkpoint = published.reader, published.spec, published.checkpoint
     cell = find_cell(published.kind.name, job.runtime)
-    refuse_overwriting(job.out, sources_of(job, checkpoint))
+    refuse_overwriting(job.out, sources_of(checkpoint, job.target))
     matcher = published.match(job.ignore)
     importance = read_importance(job.importance) if job.importance else None
     options = replace(job.options, importance=importance is not None)
@@ -212,33 +216,6 @@ def find_recipe(name: str) -> Recipe:
     if name not in RECIPES:
         raise WrongUsage(f"unknown recipe {name!r}; there are: {', '.join(RECIPES)}")
     return RECIPES[name]
-
-
-def sources_of(job: ConvertJob, checkpoint: Checkpoint) -> tuple[Path, ...]:
-    """Every file the job reads or may read: weights, config, index, tokenizer, target. Old GGUFs may be replaced."""
-    folders = {checkpoint.root, *(file.parent for file in checkpoint.files)}
-    target = () if job.target is None or job.target.is_dir() else (job.target,)
-    if job.target is not None and job.target.is_dir():
-        folders.add(job.target)
-    beside = (path for folder in folders for path in folder.iterdir() if path.suffix not in OURS and path.is_file())
-    return (*checkpoint.files, *target, *beside)
-
-
-def refuse_overwriting(out: Path, sources: Iterable[Path]) -> None:
-    """A destination that is one of the sources, under whatever name or link, is refused (T-24)."""
-    if out.is_dir():
-        raise WrongUsage(f"{out}: is a folder, expected a file name ending in .gguf")
-    if out.exists() and not out.is_file():
-        raise WrongUsage(f"{out}: is a device or a pipe, expected a file name ending in .gguf")
-    if not out.parent.is_dir():
-        raise WrongInput(f"{out}: there is no folder {out.parent}; make it first")
-    taken = [path for path in (out, partial_name(out)) if path.exists()]
-    for source in sources if taken else ():
-        inside = source.is_dir() and any(path.resolve().is_relative_to(source.resolve()) for path in taken)
-        if inside or any(path.samefile(source) for path in taken):
-            raise WrongUsage(f"{out}: is the same file as the source {source}; choose another output")
-    if out.is_symlink():  # renaming onto it would replace the link and leave what it points to as it was
-        raise WrongUsage(f"{out}: is a link to {out.readlink()}, expected the name of the file itself")
 
 
 def launch_command(conversion: Conversion) -> str:

@@ -179,8 +179,8 @@ class Matcher:
         elif not match.rule.op.ids and match.header.dtype not in READABLE_DTYPES:
             kinds = ", ".join(READABLE_DTYPES)
             self.problems.append(
-                f"{name}: dtype {match.header.dtype}, expected one of {kinds}; quantized checkpoints are not read, use"
-                " the unquantized one"
+                f"{name}: dtype {match.header.dtype}, expected one of {kinds}; no quantization_config says how to"
+                " read it, use the unquantized release"
             )
         self.matches.setdefault(key, match)
 

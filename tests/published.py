@@ -14,7 +14,10 @@ import numpy as np
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 PAIR = FIXTURES / "pair"
-DTYPE_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "int64": "I64", "bool": "BOOL", "uint8": "U8"}
+DTYPE_NAMES = {
+    "bfloat16": "BF16", "float16": "F16", "float32": "F32", "int64": "I64", "bool": "BOOL", "uint8": "U8",
+    "int8": "I8", "int32": "I32", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
+}  # fmt: skip
 Tensors = Mapping[str, np.ndarray]
 
 

@@ -10,9 +10,9 @@ import pytest
 from published import DELETE, dflash_shapes, random_tensors, small_config, write_checkpoint
 
 from convert_drafter.converters.config import ConfigReader
-from convert_drafter.converters.convert import ConvertJob, prepare, read_published
+from convert_drafter.converters.convert import read_published
 from convert_drafter.converters.drafters import DFLASH, KINDS, SIGNATURES, detect
-from convert_drafter.converters.errors import Problems, WrongInput
+from convert_drafter.converters.errors import WrongInput
 
 WHERE = "drafter/config.json"
 PLAIN = tuple(dflash_shapes(small_config()))
@@ -165,43 +165,3 @@ def test_a_dflash_name_on_eagle3_tensors_helps_nothing(tmp_path: Path) -> None:
     (folder / "model.safetensors").rename(folder / "dflash_draft_model.safetensors")
     with pytest.raises(WrongInput, match=r"Qwen3-DFlash/config\.json: the tensors are those of EAGLE-3"):
         read_published(folder)
-
-
-# --- quantized checkpoints ---
-
-
-@pytest.mark.parametrize(
-    ("config", "fragments"),
-    [
-        ({"quantization_config": {"quant_method": "fp8"}}, ["quantization_config", "fp8"]),
-        ({"quantization_config": {"quant_algo": "W4A16_NVFP4"}}, ["quantization_config", "W4A16_NVFP4"]),
-        ({"quantization_config": {"quant_method": "compressed-tensors"}}, ["compressed-tensors"]),
-        ({"quantization": {"group_size": 64, "bits": 4}}, ["quantization", "4 bits"]),
-        ({"quantization_config": {"bits": 8}}, ["quantization_config", "8 bits"]),
-        ({"quantization_config": "nvfp4"}, ["quantization_config", "nvfp4"]),
-        ({"quantization": "fp8"}, ["quantization", "fp8"]),
-    ],
-)
-@pytest.mark.parametrize("tensors", [PLAIN, DSPARK, TARGET])
-def test_quantized_checkpoints_are_refused_by_name(
-    config: dict[str, Any], fragments: list[str], tensors: tuple[str, ...]
-) -> None:
-    """G-27: MLX, fp8, NVFP4; whatever kind it is."""
-    with pytest.raises(WrongInput) as caught:
-        found(tensors, architectures=["DFlashDraftModel"], **config)
-    for fragment in (WHERE, "a quantized checkpoint", "the unquantized one", *fragments):
-        assert fragment in str(caught.value)
-
-
-@pytest.mark.parametrize("value", [None, {}])
-def test_no_quantization_is_no_objection(value: Any) -> None:
-    assert found(PLAIN, quantization_config=value, quantization=value) is DFLASH
-
-
-def test_quantized_tensors_without_a_word_in_the_config(tmp_path: Path) -> None:
-    config = small_config()
-    tensors = random_tensors(dflash_shapes(config))
-    tensors["fc.weight"] = np.zeros(tensors["fc.weight"].shape, np.uint8)
-    source = write_checkpoint(tmp_path / "drafter", config, tensors)
-    with pytest.raises(Problems, match=r"fc\.weight: dtype U8, expected one of F32.*use the unquantized one"):
-        prepare(ConvertJob(source, None, "lucebox", "F32", tmp_path / "out.gguf"))

@@ -612,10 +612,10 @@ REFUSED = [
     Refusal("z-lab__gpt-oss-120b-DFlash", ("rope_scaling.truncate: found False", "--set"), True, "G-17 truncate false"),
     Refusal(
         "z-lab__Qwen3.5-4B-DFlash",
-        ("quantization_config", "W4A16_NVFP4"),
+        ("quantization_config", "W4A8_AWQ"),
         True,
         "G-27 quantized",
-        changes={"quantization_config": {"quant_algo": "W4A16_NVFP4"}},
+        changes={"quantization_config": {"quant_algo": "W4A8_AWQ"}},
     ),
     Refusal(
         "SpecForge__qwen3-8b-domino",

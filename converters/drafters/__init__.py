@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from convert_drafter.converters.config import ConfigReader, lookup
+from convert_drafter.converters.config import ConfigReader
 from convert_drafter.converters.drafters.dflash import DFLASH
 from convert_drafter.converters.drafters.dflash2 import DFLASH2
 from convert_drafter.converters.drafters.dspark import DSPARK
@@ -49,7 +49,6 @@ def rules_of(kind: str) -> tuple[TensorRule, ...]:
 
 def detect(reader: ConfigReader, headers: Headers) -> Kind:
     """The kind of a checkpoint. Raises `WrongInput` naming what it is, when it is something we do not convert."""
-    _refuse_quantized(reader)
     architectures = reader.find_list("architectures", str, "architectures") or ()
     found = _by_tensors(headers)
     supported = ", ".join(KINDS)
@@ -78,14 +77,6 @@ def _by_tensors(headers: Iterable[str]) -> str | None:
         if any(re.match(signature.pattern, name) for name in names):
             return signature.kind
     return None
-
-
-def _refuse_quantized(reader: ConfigReader) -> None:
-    for path in ("quantization_config", "quantization"):
-        if stated := lookup(reader.raw, path):
-            section = reader.section(path) or {"quant_method": stated}
-            method = section.get("quant_method") or section.get("quant_algo") or f"{section.get('bits')} bits"
-            raise reader.error(path, f"a quantized checkpoint ({method})", "the unquantized one: it is not read yet")
 
 
 __all__ = ["DFLASH", "DFLASH2", "DSPARK", "KINDS", "SIGNATURES", "Kind", "detect", "rules_of"]
