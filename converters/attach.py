@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from convert_drafter.converters.convert import Conversion, ConvertJob, prepare, refuse_overwriting
+from convert_drafter.converters.convert import Conversion, ConvertJob, prepare
+from convert_drafter.converters.destination import refuse_overwriting
 from convert_drafter.converters.dialects import Cell
 from convert_drafter.converters.dialects.cell import keys_of, read_all
 from convert_drafter.converters.errors import Problems, WrongInput, WrongUsage

@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import math
 import reprlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,13 +18,13 @@ import numpy as np
 import numpy.typing as npt
 
 from convert_drafter.converters.errors import Problems, WrongInput
+from convert_drafter.converters.json_text import json_object
 from convert_drafter.converters.weight_files import (
     MEND,
     Select,
     everything,
     find_config,
     find_weights,
-    json_object,
     missing_parts,
     names,
     reading,
@@ -46,7 +46,10 @@ COUNT_LIMIT, MAX_DIMS = 2**63, 8  # what stays within numpy's reach
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """A tensor as its file describes it: shape in torch order, `start` and `end` are byte positions in `file`."""
+    """A tensor as its file describes it: shape in torch order, `start` and `end` are byte positions in `file`.
+
+    A quantized tensor is described as what it stands for: `stored` is its scheme, and `expand` makes its rows.
+    """
 
     name: str
     dtype: str
@@ -54,6 +57,8 @@ class TensorHeader:
     file: Path
     start: int
     end: int
+    stored: str = ""
+    expand: Callable[[int, int], Array] | None = None
 
     @property
     def n_bytes(self) -> int:
@@ -71,7 +76,10 @@ class TensorHeader:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose headers hold; `root` is the folder of config.json, `tensors` are sorted by name."""
+    """A checkpoint whose headers hold; `root` is the folder of config.json, `tensors` are sorted by name.
+
+    `quantization` says how its weights are stored where that is not as floats; `left_out` maps tensors to reasons.
+    """
 
     root: Path
     config_path: Path
@@ -80,6 +88,8 @@ class Checkpoint:
     files: tuple[Path, ...]
     header_sha256: dict[str, str]  # file name -> digest of its JSON header, without the 8 length bytes
     unused: tuple[Path, ...] = ()  # weight files beside the index that it does not name
+    quantization: str = ""
+    left_out: dict[str, str] = field(default_factory=dict)
     others: tuple[str, ...] = ()  # names of tensors that were not chosen
 
 
@@ -108,7 +118,9 @@ def open_checkpoint(source: Path, select: Select = everything) -> Checkpoint:
     tensors = {name: every[name] for name in sorted(every) if name in wanted}
     others = tuple(sorted({*found.others, *(every.keys() - wanted)}))
     digests = {name: digest for name, (_, digest) in read.items()}
-    return Checkpoint(config_path.parent, config_path, config, tensors, found.files, digests, found.unused, others)
+    return Checkpoint(
+        config_path.parent, config_path, config, tensors, found.files, digests, found.unused, others=others
+    )
 
 
 def read_rows(tensor: TensorHeader, start: int, stop: int) -> Array:
@@ -118,6 +130,8 @@ def read_rows(tensor: TensorHeader, start: int, stop: int) -> Array:
     """
     if not 0 <= start <= stop <= tensor.rows:
         raise IndexError(f"tensor {tensor.name!r}: rows {start}..{stop} of {tensor.rows}")
+    if tensor.expand is not None:
+        return tensor.expand(start, stop)
     rows = np.empty((stop - start, *tensor.shape[1:]), DTYPES[tensor.dtype])
     # A plain read and no mmap: mapped pages would count as resident memory for the whole run.
     with reading(tensor.file), tensor.file.open("rb") as file:

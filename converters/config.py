@@ -15,6 +15,7 @@ from convert_drafter.converters.errors import WrongInput, WrongUsage
 
 T = TypeVar("T")
 JSON_NAMES = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string"}
+INNER = "transformer_layer_config"  # speculators' layout: the drafter's layers are described one level down
 ADVICE = "if you know it, give it with --set {path}=VALUE"
 
 
@@ -64,6 +65,25 @@ def override(config: Mapping[str, Any], settings: Mapping[str, str]) -> dict[str
     return out
 
 
+def lifted(config: Mapping[str, Any], where: str) -> tuple[dict[str, Any], frozenset[str]]:
+    """A config with what speculators' layout nests at the top level, and the keys that were nested.
+
+    Raises `WrongInput` for a key that both levels have with different values.
+    """
+    inner = config.get(INNER)
+    if not isinstance(inner, Mapping):
+        return dict(config), frozenset()
+    nested = {key: value for key, value in inner.items() if value is not None}
+    outer = {key: value for key, value in config.items() if key != INNER}
+    for key in sorted(nested):
+        if outer.get(key, nested[key]) not in (None, nested[key]):
+            shown = f"{key} = {outer[key]!r}, {INNER}.{key} = {nested[key]!r}"
+            raise WrongInput(
+                f"{where}: two places disagree: {shown}, expected one value; settle it with --set {key}=VALUE"
+            )
+    return outer | nested, frozenset(nested)
+
+
 class ConfigReader:
     """Reads one config; `where` names it in messages, `settings` are the user's own facts.
 
@@ -71,8 +91,11 @@ class ConfigReader:
     """
 
     def __init__(self, raw: Mapping[str, Any], where: str, settings: Mapping[str, str] | None = None) -> None:
-        self.settings = dict(settings or {})
-        self.raw = override(raw, self.settings)
+        self.settings = {path.removeprefix(f"{INNER}."): text for path, text in (settings or {}).items()}
+        told = {key: value for key, value in raw.items() if key not in self.settings}
+        lifted_raw, self._nested = lifted(told, where)
+        self.raw = override(lifted_raw, self.settings)
+        self.speculators = bool(self._nested) or "speculators_config" in raw
         self.where = where
         self.origins: dict[str, str] = {}
         self.warnings: list[str] = []
@@ -144,19 +167,23 @@ class ConfigReader:
 
     def note(self, field: str, origin: str) -> None:
         self._read.add(origin)
-        if origin in self.settings:
-            origin = f"--set {origin}"
-        self.origins[field] = origin
+        self.origins[field] = f"--set {origin}" if origin in self.settings else self._place(origin)
+
+    def _place(self, path: str) -> str:
+        """Where the config itself has a path."""
+        return f"{INNER}.{path}" if path.split(".")[0] in self._nested and path not in self.settings else path
 
     def warn(self, message: str) -> None:
         self.warnings.append(f"{self.where}: {message}")
 
     def unread(self) -> list[str]:
         """Keys that nobody read and nobody knows to be meaningless."""
-        return [p for p in leaves(self.raw) if not any(p == r or p.startswith(f"{r}.") for r in self._read)]
+        return [
+            self._place(p) for p in leaves(self.raw) if not any(p == r or p.startswith(f"{r}.") for r in self._read)
+        ]
 
     def error(self, what: str, found: str, expected: str) -> WrongInput:
-        return WrongInput(f"{self.where}: {what}: {found}, expected {expected}")
+        return WrongInput(f"{self.where}: {self._place(what)}: {found}, expected {expected}")
 
     def missing(self, field: str, expected: str, *paths: str) -> WrongInput:
         places = self.places(*paths)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,27 +17,29 @@ from convert_drafter.converters.checkpoint import (
     row_ranges,
 )
 from convert_drafter.converters.config import ConfigReader
+from convert_drafter.converters.destination import refuse_overwriting, sources_of
 from convert_drafter.converters.dialects import Cell, doubts, find_cell, objections, write
 from convert_drafter.converters.drafters import Kind, detect, needed
 from convert_drafter.converters.encoding import SLAB_WEIGHTS, Encoder, Tally, cores
 from convert_drafter.converters.errors import BadFact, Problems, WrongInput, WrongUsage
-from convert_drafter.converters.gguf_file import KeyValue, StoredTensor, partial_name, write_gguf
+from convert_drafter.converters.gguf_file import KeyValue, StoredTensor, write_gguf
 from convert_drafter.converters.gguf_read import GGUFFile
 from convert_drafter.converters.importance import Importance, read_importance, without_entry
 from convert_drafter.converters.launch import launch_line
 from convert_drafter.converters.ops import Array
-from convert_drafter.converters.plan import Matcher, Plan, PlannedTensor, match_tensors, plan_tensors
+from convert_drafter.converters.plan import Dropped, Matcher, Plan, PlannedTensor, match_tensors, plan_tensors
+from convert_drafter.converters.quantized import expand
 from convert_drafter.converters.recipes import RECIPES, Recipe
 from convert_drafter.converters.roles import role_name
 from convert_drafter.converters.spec import DrafterSpec
 from convert_drafter.converters.target import Target, read_target, target_tokenizer
+from convert_drafter.converters.token_ids import ids_of_checkpoint
 from convert_drafter.converters.tokenizer import Tokenizer
 from convert_drafter.converters.type_choice import TypeOptions
-from convert_drafter.quant import TYPES
+from convert_drafter.quant import I64, TYPES
 from convert_drafter.quant.base import Bytes, F32Array, Run
 from convert_drafter.quant.measure import Errors
 
-OURS = (".gguf", ".partial")
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION in ggml.h
 
 
@@ -79,7 +81,9 @@ class Published:
     def match(self, ignore: Sequence[str] = ()) -> Matcher:
         """Every tensor's place, with what does not fit; `ignore` are glob patterns of tensors to leave out."""
         rules, dropped = self.kind.rules(self.reader), self.kind.dropped(self.reader)
-        return match_tensors(self.spec, rules, dropped, self.checkpoint.tensors, ignore)
+        matcher = match_tensors(self.spec, rules, dropped, self.checkpoint.tensors, ignore)
+        matcher.dropped += [Dropped(name, reason) for name, reason in self.checkpoint.left_out.items()]
+        return matcher
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,7 @@ def read_published(
     """Open a checkpoint and read every fact. Raises `WrongInput` naming file and key."""
     checkpoint = open_checkpoint(source, needed)
     reader = ConfigReader(checkpoint.config, str(checkpoint.config_path), settings)
+    checkpoint = expand(checkpoint, reader)
     kind = detect(reader, checkpoint.tensors)
     if target_path is None and kind.in_target:
         target_path = checkpoint.root
@@ -142,13 +147,18 @@ def prepare(job: ConvertJob) -> Conversion:
     job = replace(job, target=published.target_path)
     reader, spec, checkpoint = published.reader, published.spec, published.checkpoint
     cell = find_cell(published.kind.name, job.runtime)
-    refuse_overwriting(job.out, sources_of(job, checkpoint))
+    refuse_overwriting(job.out, sources_of(checkpoint, job.target))
     matcher = published.match(job.ignore)
     importance = read_importance(job.importance) if job.importance else None
     options = replace(job.options, importance=importance is not None)
     plan = plan_tensors(matcher, recipe, cell.tensor_name, cell.runtime, cell.needs, options)
     target, architecture = published.target, published.target.architecture if published.target else None
-    problems = [*matcher.problems, *objections(cell, spec, architecture), *_mispairing(spec, target)]
+    problems = [
+        *matcher.problems,
+        *ids_of_checkpoint(matcher),
+        *objections(cell, spec, architecture),
+        *_mispairing(spec, target),
+    ]
     if problems:
         raise Problems(str(job.source), problems)
     tokenizer = tokenizer_for(cell, job.target, spec)
@@ -211,11 +221,12 @@ def encoded(
     tally: Tally | None = None,
 ) -> Iterator[Bytes]:
     """The bytes of one output tensor, a slab of rows at a time; raises `WrongInput` naming tensor and row."""
-    header, source = tensor.header, TYPES[tensor.op.dtype(tensor.header.dtype)]
+    header = tensor.header
+    source = I64 if tensor.op.ids else TYPES[tensor.op.gives or header.dtype]
     encoder = Encoder(header.file, header.name, source, tensor.choice.type, importance, tally)
     max_bytes = SLAB_WEIGHTS * source.layout.itemsize
     for start, stop in row_ranges(header, max_bytes, head_dim if tensor.op.by_head else 1):
-        rows = tensor.op.apply(read_rows(header, start, stop), head_dim)
+        rows = tensor.op.apply(read_rows(header, start, stop), head_dim, start)
         yield encoder.rows(np.ascontiguousarray(rows).reshape(-1).view(np.uint8), rows.shape, start, run)
 
 
@@ -223,33 +234,6 @@ def find_recipe(name: str) -> Recipe:
     if name not in RECIPES:
         raise WrongUsage(f"unknown recipe {name!r}; there are: {', '.join(RECIPES)}")
     return RECIPES[name]
-
-
-def sources_of(job: ConvertJob, checkpoint: Checkpoint) -> tuple[Path, ...]:
-    """Every file the job reads or may read: weights, config, index, tokenizer, target. Old GGUFs may be replaced."""
-    folders = {checkpoint.root, *(file.parent for file in checkpoint.files)}
-    target = () if job.target is None or job.target.is_dir() else (job.target,)
-    if job.target is not None and job.target.is_dir():
-        folders.add(job.target)
-    beside = (path for folder in folders for path in folder.iterdir() if path.suffix not in OURS and path.is_file())
-    return (*checkpoint.files, *target, *beside)
-
-
-def refuse_overwriting(out: Path, sources: Iterable[Path]) -> None:
-    """A destination that is one of the sources, under whatever name or link, is refused (T-24)."""
-    if out.is_dir():
-        raise WrongUsage(f"{out}: is a folder, expected a file name ending in .gguf")
-    if out.exists() and not out.is_file():
-        raise WrongUsage(f"{out}: is a device or a pipe, expected a file name ending in .gguf")
-    if not out.parent.is_dir():
-        raise WrongInput(f"{out}: there is no folder {out.parent}; make it first")
-    taken = [path for path in (out, partial_name(out)) if path.exists()]
-    for source in sources if taken else ():
-        inside = source.is_dir() and any(path.resolve().is_relative_to(source.resolve()) for path in taken)
-        if inside or any(path.samefile(source) for path in taken):
-            raise WrongUsage(f"{out}: is the same file as the source {source}; choose another output")
-    if out.is_symlink():  # renaming onto it would replace the link and leave what it points to as it was
-        raise WrongUsage(f"{out}: is a link to {out.readlink()}, expected the name of the file itself")
 
 
 def launch_command(conversion: Conversion) -> str:

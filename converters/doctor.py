@@ -19,12 +19,15 @@ from convert_drafter.converters.gguf_file import ARCHITECTURE, file_access
 from convert_drafter.converters.gguf_read import GGUFFile, read_gguf
 from convert_drafter.converters.loader_keys import key_faults, provenance_faults
 from convert_drafter.converters.pairing import PAIRING, check_pairing
+from convert_drafter.converters.roles import Role
 from convert_drafter.converters.source_facts import overruled, read_source
 from convert_drafter.converters.structure import Finding, Survey, survey
 from convert_drafter.converters.target import read_target
 from convert_drafter.converters.tensor_errors import Comparison, Health, OnBytes, health
+from convert_drafter.converters.token_ids import ids_of_file
 from convert_drafter.converters.tokenizer_faults import tokenizer_faults
 from convert_drafter.converters.verdict import Gate, Outcome
+from convert_drafter.quant import I64
 
 STRUCTURE = "structure"
 MAGIC = b"GGUF"
@@ -97,6 +100,7 @@ def _structure(found: Survey, sick: dict[str, Health], agreed: Agreement, source
         *key_faults(found.cell, found.file.keys, found.facts),
         *tokenizer_faults(found.file.keys, found.facts, needed=found.cell.tokenizer),
         *_values(found.file, sick),
+        *_ids(found),
         *_bounds(whole),
         *provenance_faults(found.cell, found.file.keys),
         *agreed.findings,
@@ -156,6 +160,13 @@ def _values(file: GGUFFile, sick: dict[str, Health]) -> Iterable[Finding]:
         elif state.zero:
             vector = "a norm of zeros silences what it scales" if len(stored.shape) == 1 else "was it ever written?"
             yield Finding(f"{name}: all {stored.n_elements} weights are zero: {vector}", fault=False)
+
+
+def _ids(found: Survey) -> Iterable[Finding]:
+    """T-67: tokens of a reduced vocabulary."""
+    stored, vocab = found.tensors.get((Role.DRAFT_TO_TARGET, None)), found.facts.get("vocab_size")
+    if stored is not None and stored.type.name == I64.name and vocab is not None:
+        yield from map(Finding, ids_of_file(found.file, stored.name, vocab))
 
 
 def _bounds(file: GGUFFile) -> Iterable[Finding]:

@@ -38,6 +38,13 @@ TOGETHER = {  # features that take more than one fact
     "window.": {"window.size", "window.layers"},
     "rope.scaling.": {"rope.scaling.method", "rope.scaling.factor"},
 }
+# Facts that a tensor's shape tells: field, role, axis in torch order.
+_REDUCED = ("draft_vocab_size", Role.DRAFT_TO_TARGET, 0)
+BY_SHAPE: dict[str, tuple[tuple[str, Role, int], ...]] = {
+    "dflash": (_REDUCED,),
+    "dflash2": (_REDUCED,),
+    "dspark": (_REDUCED, ("markov_rank", Role.MARKOV_IN, 1)),
+}
 FROM_TARGET = ("target_layer_count", "vocab_size")
 Facts = dict[str, Any]
 
@@ -157,6 +164,13 @@ def derived_facts(file: GGUFFile, cell: Cell, facts: Facts, target: Target | Non
     fusion = next((file.tensors[n] for n in names_of(cell, (Role.FUSION, None)) if n in file.tensors), None)
     if captures and fusion is not None and fusion.shape and fusion.shape[-1] % len(captures) == 0:
         yield "target_hidden_size", fusion.shape[-1] // len(captures), f"columns of {fusion.name} / capture layers"
+    for field, role, axis in BY_SHAPE.get(cell.kind, ()):
+        stored = next((file.tensors[n] for n in names_of(cell, (role, None)) if n in file.tensors), None)
+        if stored is not None and stored.shape:
+            yield field, stored.shape[axis], f"shape of {stored.name}"
+    if cell.kind == "dspark":
+        there = any(name in file.tensors for name in names_of(cell, (Role.CONFIDENCE, None)))
+        yield "confidence_head", there, "tensor names"
     if target is None:
         return
     origin = f"target {target.name}"

@@ -80,11 +80,19 @@ def inspect_checkpoint(path: Path, settings: Mapping[str, str] | None = None) ->
     cells = [cell for (kind, _), cell in CELLS.items() if kind == spec.kind]
     runtimes = {cell.runtime: "; ".join(_refusals(published, cell)) for cell in cells}
     facts = tuple(
-        Fact(name, value, reader.origins.get(name, "")) for name, value in facts_of(spec).items() if name != "kind"
+        Fact(name, value, reader.origins.get(name, ""))
+        for name, value in (facts_of(spec) | _storage(published)).items()
+        if name != "kind"
     )
-    tensors = tuple(TensorLine(h.name, h.shape, h.dtype, h.n_bytes) for h in published.checkpoint.tensors.values())
+    headers = published.checkpoint.tensors.values()
+    tensors = tuple(TensorLine(h.name, h.shape, h.stored or h.dtype, h.n_bytes) for h in headers)
     unread = (f"{key}: nobody reads this key" for key in reader.unread())
     return Inspection(path, "checkpoint", spec.kind, facts, tensors, runtimes, (*reader.warnings, *unread), {})
+
+
+def _storage(published: Published) -> dict[str, str]:
+    """How the weights are stored, where that is not as floats."""
+    return {"quantization": found} if (found := published.checkpoint.quantization) else {}
 
 
 def _refusals(published: Published, cell: Cell) -> list[str]:

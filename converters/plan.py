@@ -23,13 +23,14 @@ from convert_drafter.converters.recipes import Choice, Recipe
 from convert_drafter.converters.roles import Role, TensorKey, describe, role_name
 from convert_drafter.converters.spec import DrafterSpec
 from convert_drafter.converters.type_choice import Candidate, TypeOptions, choose_types
-from convert_drafter.quant import TYPES
+from convert_drafter.quant import I64, TYPES
 
 T = TypeVar("T")
-READABLE_DTYPES = ("F32", "F16", "BF16")
+READABLE_DTYPES, ID_DTYPES = ("F32", "F16", "BF16"), ("I64", "I32")
 
 # Every width a drafter tensor can have, in words; shapes in rules are written with these, in torch order [out, in].
 DIMENSIONS: dict[str, Callable[[DrafterSpec], int]] = {
+    "one": lambda s: 1,
     "two": lambda s: 2,
     "hidden": lambda s: s.hidden_size,
     "features": lambda s: len(s.capture_layers) * s.target_hidden_size,
@@ -41,6 +42,9 @@ DIMENSIONS: dict[str, Callable[[DrafterSpec], int]] = {
     "embedding and state": lambda s: 2 * s.hidden_size,
     "feed_forward": lambda s: s.feed_forward_size,
     "vocab": lambda s: s.vocab_size,
+    "draft_vocab": lambda s: s.draft_vocab_size or s.vocab_size,
+    "markov_rank": lambda s: _part(s.markov_rank),
+    "confidence": lambda s: s.hidden_size + _part(s.markov_rank),
     "taps": lambda s: _part(s.convolution).kernel_size,
     "kernels": lambda s: 2 * _part(s.convolution).kernel_size * s.hidden_size // _part(s.convolution).group_size,
     "selector_rank": lambda s: _part(s.selector).rank,
@@ -184,11 +188,13 @@ class Matcher:
         elif match.header.shape != shape:
             widths = ", ".join(match.rule.shape)
             self.problems.append(f"{name}: found shape {list(match.header.shape)}, expected {list(shape)} ({widths})")
-        elif match.header.dtype not in READABLE_DTYPES:
+        elif match.rule.op.ids and match.header.dtype not in ID_DTYPES:
+            self.problems.append(f"{name}: dtype {match.header.dtype}, expected token ids in {' or '.join(ID_DTYPES)}")
+        elif not match.rule.op.ids and match.header.dtype not in READABLE_DTYPES:
             kinds = ", ".join(READABLE_DTYPES)
             self.problems.append(
-                f"{name}: dtype {match.header.dtype}, expected one of {kinds}; quantized checkpoints are not read, use"
-                " the unquantized one"
+                f"{name}: dtype {match.header.dtype}, expected one of {kinds}; no quantization_config says how to"
+                " read it, use the unquantized release"
             )
         self.matches.setdefault(key, match)
 
@@ -272,15 +278,17 @@ def _choose(
     recipe: Recipe, matches: Sequence[Match], matcher: Matcher, options: TypeOptions | None
 ) -> Sequence[Choice]:
     """Types by llama.cpp's names, whatever the runtime calls the tensors: one drafter, one mixture."""
+    weights = [match for match in matches if not match.rule.op.ids]
     candidates = [
         # what no recipe quantizes is F32, as llama.cpp's own converter writes it (conversion/base.py)
         Candidate(role_name(match.key), match.header.shape, TYPES["F32"])
-        for match in matches
+        for match in weights
     ]
     spec = matcher.spec
     facts = Facts(spec.kind, spec.layers.stop, 0, spec.head_count, spec.kv_head_count)  # no drafter has experts
     try:
-        return choose_types(recipe, candidates, facts, options)
+        chosen = iter(choose_types(recipe, candidates, facts, options))
+        return [Choice(I64, "token ids: I64") if match.rule.op.ids else next(chosen) for match in matches]
     except Problems as found:
         matcher.problems += found.problems
-        return [Choice(TYPES["F32"])] * len(candidates)  # nobody converts what has problems
+        return [Choice(TYPES["F32"])] * len(matches)  # nobody converts what has problems

@@ -35,6 +35,8 @@ def source_keys(checkpoint: Checkpoint, settings: Mapping[str, str], ignored: It
     yield _string("drafter.source.config_sha256", hashlib.sha256(checkpoint.config_path.read_bytes()).hexdigest())
     yield _strings("drafter.source.files", tuple(sorted(checkpoint.header_sha256)))
     yield _strings("drafter.source.header_sha256", tuple(h for _, h in sorted(checkpoint.header_sha256.items())))
+    if checkpoint.quantization:
+        yield _string("drafter.source.quantization", checkpoint.quantization)
     if settings:
         yield _strings("drafter.source.settings", tuple(f"{key}={text}" for key, text in sorted(settings.items())))
     if left_out := tuple(sorted(ignored)):

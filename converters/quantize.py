@@ -15,7 +15,8 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
 
-from convert_drafter.converters.convert import QUANTIZATION_VERSION, find_recipe, refuse_overwriting
+from convert_drafter.converters.convert import QUANTIZATION_VERSION, find_recipe
+from convert_drafter.converters.destination import refuse_overwriting
 from convert_drafter.converters.drafter_file import llama_cpp_names, read_drafter_file
 from convert_drafter.converters.encoding import SLAB_WEIGHTS, Encoder, Tally, cores
 from convert_drafter.converters.errors import DrafterError, Problems, WrongInput, WrongUsage

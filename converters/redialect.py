@@ -16,7 +16,8 @@ from typing import Any
 from gguf import GGUFValueType
 
 from convert_drafter.converters import provenance
-from convert_drafter.converters.convert import OURS, mask_doubt, refuse_overwriting, tokenizer_for
+from convert_drafter.converters.convert import mask_doubt, tokenizer_for
+from convert_drafter.converters.destination import OURS, refuse_overwriting
 from convert_drafter.converters.dialects import CELLS, Cell, doubts, find_cell, objections, write
 from convert_drafter.converters.dialects.cell import OWN_ROWS, SLIDING_NOTE
 from convert_drafter.converters.drafter_file import DrafterFile, read_drafter_file

@@ -39,6 +39,11 @@ class Role(Enum):
     NEXTN_EMBEDDING_NORM = "blk.{i}.nextn.enorm.weight"
     NEXTN_STATE_NORM = "blk.{i}.nextn.hnorm.weight"
     NEXTN_OUTPUT_NORM = "blk.{i}.nextn.shared_head_norm.weight"
+    MARKOV_IN = "markov_w1.weight"  # a row for each token that may go before
+    MARKOV_OUT = "markov_w2.weight"
+    CONFIDENCE = "conf_proj.weight"
+    CONFIDENCE_BIAS = "conf_proj.bias"
+    DRAFT_TO_TARGET = "d2t"  # the target's token of each row of a reduced vocabulary
     SELECTOR_HIDDEN = "selector_hidden.weight"
     SELECTOR_PREDECESSOR = "selector_predecessor.weight"  # a row for each token that may go before
     SELECTOR_SUCCESSOR = "selector_successor.weight"

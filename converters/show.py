@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -118,6 +118,7 @@ def plan_json(conversion: Conversion) -> dict[str, Any]:
             }
             for t in conversion.plan.tensors
         ],
+        "quantization": conversion.published.checkpoint.quantization,
         "dropped": [{"source": d.source, "reason": d.reason} for d in conversion.plan.dropped],
         "bytes": conversion.plan.n_bytes,
         "weights": conversion.plan.n_weights,
@@ -137,14 +138,30 @@ def report(report: Report) -> str:
         f" {'included' if conversion.cell.tokenizer else 'not needed'}",
         f"  {_total(conversion.plan)}",
         *target,
-        *(f"  left out {drop.source}: {drop.reason}" for drop in conversion.plan.dropped),
+        *(f"  left out {line}" for line in _left_out(conversion.plan)),
         *(f"  {line}" for line in fallbacks(_choices(conversion.plan))),
-        *(f"  note: {note.text}" for note in conversion.cell.notes if note.concerns(conversion.published.spec)),
+        *(f"  note: {text}" for text in _notes(conversion)),
         "run it:",
         f"  {report.launch}",
         *error_table(report.errors, _choices(conversion.plan)),
     ]
     return "\n".join(lines)
+
+
+def _left_out(plan: Plan) -> Iterator[str]:
+    """A line for each reason: a quantized checkpoint has a tensor for each matrix that says nothing about weights."""
+    reasons: dict[str, list[str]] = {}
+    for drop in plan.dropped:
+        reasons.setdefault(drop.reason, []).append(drop.source)
+    for reason, (first, *others) in reasons.items():
+        yield f"{first}{f' and {len(others)} more' if others else ''}: {reason}"
+
+
+def _notes(conversion: Conversion) -> Iterator[str]:
+    published = conversion.published
+    if stored := published.checkpoint.quantization:
+        yield f"the source is quantized ({stored}): its weights were rounded before they came here"
+    yield from (note.text for note in conversion.cell.notes if note.concerns(published.spec))
 
 
 def report_json(report: Report) -> dict[str, Any]:

@@ -145,6 +145,10 @@ class DrafterSpec:
     logit_softcap: float | None = None
     convolution: Convolution | None = None
     selector: Selector | None = None
+    markov_rank: int | None = None
+    confidence_head: bool | None = None
+    sample_from_anchor: bool | None = None  # the anchor's own place drafts the first token
+    draft_vocab_size: int | None = None  # rows of the drafter's own head, where they are not the target's
     linear_attention: LinearAttention | None = None
 
     @property
@@ -160,7 +164,9 @@ class DrafterSpec:
     @property
     def draft_length(self) -> int:
         """The most tokens drafted in one step: a block without its anchor; a chain ends where llama.cpp ends it."""
-        return CHAIN_LENGTH if self.block_size is None else self.block_size - 1
+        if self.block_size is None:
+            return CHAIN_LENGTH
+        return self.block_size if self.sample_from_anchor else self.block_size - 1
 
     def __post_init__(self) -> None:
         facts = facts_of(self)
@@ -193,6 +199,7 @@ class DrafterSpec:
             ("rope", self.rope.dimensions <= self.head_dim, f"at most head_dim {self.head_dim} rotated dimensions"),
             ("context_theta", self.context_theta is None or self.context_theta > 0, "a theta above 0"),
             ("window", window_length == self.layer_count, f"one entry for each of {self.layer_count} layers"),
+            ("draft_vocab_size", (self.draft_vocab_size or 1) <= self.vocab_size, f"at most {self.vocab_size}"),
             (
                 "linear_attention.layers",
                 linear is None or len(linear.layers) == depth,
@@ -207,6 +214,7 @@ _POSITIVE = (
     "layer_count", "hidden_size", "feed_forward_size", "head_count", "kv_head_count", "head_dim", "context_length",
     "vocab_size", "norm_epsilon", "target_layer_count", "target_hidden_size",
     "convolution.kernel_size", "convolution.group_size", "selector.rank", "selector.top_k",
+    "markov_rank", "draft_vocab_size",
     "linear_attention.kernel_size", "linear_attention.key_head_dim", "linear_attention.key_head_count",
     "linear_attention.value_head_count", "linear_attention.value_head_dim",
     # a zero in these keys means "none" to llama.cpp, and would mean something else here
@@ -221,6 +229,7 @@ _LINEAR = frozenset(
 OF_KIND: dict[str, frozenset[str]] = {
     "dflash": _BLOCK,
     "dflash2": _BLOCK | {"convolution.kernel_size", "convolution.group_size", "selector.rank", "selector.top_k"},
+    "dspark": _BLOCK | {"markov_rank", "confidence_head", "sample_from_anchor"},
     "mtp-qwen35": _LINEAR | {"rope.sections"},
 }
 HEADS = frozenset({"mtp-qwen35"})  # kinds whose layers are further layers of their target

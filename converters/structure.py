@@ -17,7 +17,7 @@ from convert_drafter.converters.gguf_file import StoredTensor
 from convert_drafter.converters.gguf_read import GGUFFile
 from convert_drafter.converters.plan import unplaced
 from convert_drafter.converters.recipes import ALWAYS_F32, RECIPES
-from convert_drafter.converters.roles import TensorKey
+from convert_drafter.converters.roles import Role, TensorKey
 from convert_drafter.converters.spec import DrafterSpec, required, spec_from
 from convert_drafter.converters.target import Target
 from convert_drafter.converters.tensor_errors import decoder
@@ -33,8 +33,7 @@ SILENTLY = {
 SILENTLY_IN = {"lucebox": {"rope.theta": "0", "block_size": "0"}, "ik_llama.cpp": {"mask_token_id": "0"}}
 # Tensors that tell another kind of drafter under an architecture that DFlash shares with it.
 OTHER_KINDS = {
-    "markov_w1.weight": "DSpark", "dflash.dspark.markov.w1": "DSpark", "dflash.selector.hproj.weight": "DFlash2",
-    "d2t": "DFlash with a reduced vocabulary", "dflash.domino.start": "Domino",
+    "dflash.dspark.markov.w1": "DSpark", "dflash.selector.hproj.weight": "DFlash2", "dflash.domino.start": "Domino",
     "dflash_aux_hidden_norm.0.weight": "Laguna DFlash", "dflash.aux_hidden_norm.0.weight": "Laguna DFlash",
 }  # fmt: skip
 SCALINGS = ("linear", "yarn")
@@ -215,6 +214,10 @@ def _types(file: GGUFFile, cell: Cell, tensors: Mapping[TensorKey, StoredTensor]
     names = {stored.name: key for key, stored in tensors.items()}
     for stored in file.tensors.values():
         kind, key = stored.type.name, names.get(stored.name)
+        if key is not None and key[0] is Role.DRAFT_TO_TARGET:
+            if kind != "I64":
+                yield Finding(f"{stored.name}: found {kind}, expected I64: runtimes stop at token ids of another type")
+            continue
         flat = sum(size > 1 for size in stored.shape) < 2
         if kind != "F32" and (flat or (key is not None and key[0] in ALWAYS_F32)):
             what = ALWAYS_F32.get(key[0], "vector") if key is not None else "vector"

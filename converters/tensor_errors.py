@@ -21,7 +21,7 @@ from convert_drafter.converters.gguf_file import StoredTensor
 from convert_drafter.converters.gguf_read import GGUFFile
 from convert_drafter.converters.ops import Op
 from convert_drafter.converters.quantize import stored_type
-from convert_drafter.quant import TYPES, OutOfRange, QuantType, ScaleOverflow, transcode
+from convert_drafter.quant import I64, STORED, TYPES, OutOfRange, QuantType, ScaleOverflow, transcode
 from convert_drafter.quant.base import Blocks, Bytes, F32Array, Run
 from convert_drafter.quant.measure import Errors, measure
 
@@ -37,7 +37,7 @@ GAIN_LIMIT = 0.2
 # Where nearly all blocks are exactly ours nobody weighted anything: other builds differ by ties, which cost nothing.
 SAME_SHARE, SAME_LIMIT = 0.9, 2.0
 LEAST_OWN = 0.25  # of the tensor's mean error: a group that we encoded luckily well is no measure
-FLOATS = ("F32", "F16", "BF16")
+FLOATS = ("F32", "F16", "BF16", "I64")
 ROUNDINGS = ("F16", "BF16")  # what F32 and other floats may have been on their way
 
 
@@ -96,7 +96,7 @@ class Comparison:
 
 def decoder(kind: GGMLQuantizationType) -> QuantType | None:
     """How a type is decoded, or None where it cannot be: integers, and what ggml only uses while it computes."""
-    known = stored_type(kind)
+    known = STORED.get(kind.name) or stored_type(kind)
     try:
         known.decode(np.zeros(1, known.layout))
     except NotImplementedError:
@@ -151,11 +151,11 @@ class Source:
 
     @property
     def type(self) -> QuantType:
-        return TYPES[self.op.dtype(self.header.dtype)]
+        return I64 if self.op.ids else TYPES[self.op.gives or self.header.dtype]
 
     def rows(self, start: int, stop: int) -> NDArray[np.generic]:
         """Rows start..stop; where heads are re-ordered both are multiples of `head_dim`."""
-        return np.ascontiguousarray(self.op.apply(read_rows(self.header, start, stop), self.head_dim))
+        return np.ascontiguousarray(self.op.apply(read_rows(self.header, start, stop), self.head_dim, start))
 
     def ranges(self) -> Iterator[tuple[int, int]]:
         most = SLAB_WEIGHTS * self.type.layout.itemsize
@@ -251,7 +251,7 @@ def compare(
     """
     kind = decoder(stored.type)
     assert kind is not None, stored.type
-    ours = kind if kind.name in TYPES else TYPES["F32"]
+    ours = kind if kind.name in STORED else TYPES["F32"]
     sums = _Sums(kind)
     for start, stop in source.ranges():
         rows = source.rows(start, stop)

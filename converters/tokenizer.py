@@ -17,8 +17,9 @@ from gguf import GGUFValueType, GGUFWriter, SpecialVocab, TokenType
 
 from convert_drafter.converters.errors import WrongInput
 from convert_drafter.converters.gguf_file import KeyValue
+from convert_drafter.converters.json_text import json_object
 from convert_drafter.converters.pre_tokenizers import ADVICE, components, pre_tokenizer_name
-from convert_drafter.converters.weight_files import json_object, reading
+from convert_drafter.converters.weight_files import reading
 
 TOKENS, TOKEN_TYPE, SCORES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.scores"
 MASK = "tokenizer.ggml.mask_token_id"

@@ -5,7 +5,6 @@ Only the index is read here, so that a part of a large model can be had without 
 
 from __future__ import annotations
 
-import json
 import re
 import reprlib
 from collections import Counter
@@ -13,9 +12,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from convert_drafter.converters.errors import Problems, WrongInput
+from convert_drafter.converters.json_text import json_object
 
 WEIGHTS, INDEX, CONFIG = ".safetensors", ".safetensors.index.json", "config.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -116,24 +115,6 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise WrongInput(f"{error.filename or path}: cannot be read: {error.strerror or error}") from error
-
-
-def json_object(where: str, raw: bytes) -> dict[str, Any]:
-    try:
-        found = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_once)
-    except (ValueError, RecursionError) as error:
-        raise WrongInput(f"{where}: not valid JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise WrongInput(f"{where}: found {reprlib.repr(found)}, expected a JSON object")
-    return found
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    "".join(found).encode("utf-8")  # raises on half a surrogate pair, which could be neither shown nor written
-    if len(found) < len(pairs):
-        raise ValueError(f"duplicate key {Counter(name for name, _ in pairs).most_common(1)[0][0]!r}")
-    return found
 
 
 def names(paths: Iterable[Path]) -> str:

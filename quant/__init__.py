@@ -13,6 +13,7 @@ from convert_drafter.quant.base import (
     transcode,
 )
 from convert_drafter.quant.floats import BF16, F16
+from convert_drafter.quant.ids import I64
 from convert_drafter.quant.iq4_nl import IQ4_NL
 from convert_drafter.quant.iq4_xs import IQ4_XS
 from convert_drafter.quant.mxfp4 import MXFP4
@@ -32,4 +33,18 @@ TYPES: dict[str, QuantType] = {
     for kind in (F32, F16, BF16, Q8_0, Q6_K, Q5_K, Q5_1, Q5_0, Q4_K, Q4_1, Q4_0, IQ4_NL, IQ4_XS, MXFP4, Q3_K, Q2_K)
 }
 
-__all__ = ["TYPES", "OutOfRange", "QuantType", "ScaleOverflow", "check_range", "dequantize", "quantize", "transcode"]
+# Everything a drafter's file may hold: what recipes choose from, and token ids.
+STORED: dict[str, QuantType] = TYPES | {I64.name: I64}
+
+__all__ = [
+    "I64",
+    "STORED",
+    "TYPES",
+    "OutOfRange",
+    "QuantType",
+    "ScaleOverflow",
+    "check_range",
+    "dequantize",
+    "quantize",
+    "transcode",
+]

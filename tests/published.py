@@ -14,7 +14,10 @@ import numpy as np
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 PAIR = FIXTURES / "pair"
-DTYPE_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "int64": "I64", "bool": "BOOL", "uint8": "U8"}
+DTYPE_NAMES = {
+    "bfloat16": "BF16", "float16": "F16", "float32": "F32", "int64": "I64", "bool": "BOOL", "uint8": "U8",
+    "int8": "I8", "int32": "I32", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
+}  # fmt: skip
 Tensors = Mapping[str, np.ndarray]
 
 
@@ -83,7 +86,8 @@ def changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
 def dflash_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a DFlash checkpoint with this config, as z-lab publishes them."""
     inner = config.get("dflash_config") or {}
-    captures = inner.get("target_layer_ids") or config.get("target_layer_ids") or [0]
+    captures = inner.get("target_layer_ids") or config.get("target_layer_ids")
+    captures = captures or config.get("aux_hidden_state_layer_ids") or [0]
     hidden, ff, d = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     queries, keys = config["num_attention_heads"] * d, config["num_key_value_heads"] * d
     shapes: dict[str, tuple[int, ...]] = {
@@ -126,10 +130,30 @@ def dflash2_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def dspark_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """What a DSpark checkpoint has beside a DFlash one's."""
+    rank = config.get("markov_rank") or config["dflash_config"]["markov_rank"]
+    return {
+        "markov_head.markov_w1.weight": (config["vocab_size"], rank),
+        "markov_head.markov_w2.weight": (config.get("draft_vocab_size") or config["vocab_size"], rank),
+        "confidence_head.proj.weight": (1, config["hidden_size"] + rank),
+        "confidence_head.proj.bias": (1,),
+    }
+
+
+def reduced_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The tables of a drafter that drafts some of its target's tokens only."""
+    vocab, rows, hidden = config["vocab_size"], config["draft_vocab_size"], config["hidden_size"]
+    return {"embed_tokens.weight": (vocab, hidden), "lm_head.weight": (rows, hidden), "d2t": (rows,), "t2d": (vocab,)}
+
+
 def random_tensors(shapes: Mapping[str, tuple[int, ...]], dtype: Any = ml_dtypes.bfloat16) -> dict[str, np.ndarray]:
     """Seeded normal weights; the same name and shape always give the same numbers."""
     out = {}
     for name, shape in shapes.items():
+        if name in ("d2t", "t2d"):
+            out[name] = np.zeros(shape, np.int64 if name == "d2t" else np.bool_)
+            continue
         seed = np.random.default_rng(list(name.encode()))
         out[name] = (seed.standard_normal(shape, dtype=np.float32) * 0.05).astype(dtype)
     return out
@@ -161,7 +185,7 @@ def scaled_down(config: Mapping[str, Any]) -> dict[str, Any]:
     modulo the small vocabulary.
     """
     out: dict[str, Any] = json.loads(json.dumps(config))
-    small = _small_widths(config)
+    small = _small_widths(config.get("transformer_layer_config", {}) | config)
     out |= {key: value for key, value in small.items() if isinstance(config.get(key), int)}
     for part in (out, out.get("dflash_config")):
         for key in MASKS:
@@ -194,7 +218,11 @@ def _small_widths(config: Mapping[str, Any]) -> dict[str, int]:
 
 def published_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Tensors of a scaled-down config, with the biases, sinks and parts it announces; absent keys are made up."""
-    full = {**_small_widths({}), "num_hidden_layers": 2, **{k: v for k, v in config.items() if v is not None}}
+    full = {
+        **_small_widths({"vocab_size": 1, "draft_vocab_size": 1}),
+        "num_hidden_layers": 2,
+        **{k: v for k, v in config.items() if v is not None},
+    }
     shapes = dflash_shapes(full)
     inner = config.get("dflash_config") or {}
     for i in range(full["num_hidden_layers"]):
@@ -204,7 +232,9 @@ def published_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
             shapes |= {f"{name}.bias": shapes[f"{name}.weight"][:1] for name in names}
         if inner.get("attention_sink_bias"):
             shapes[f"{attention}attention_sink_bias"] = (full["num_attention_heads"],)
-    return shapes | (dflash2_shapes(full) if inner.get("selector_rank") else {})
+    shapes |= dflash2_shapes(full) if inner.get("selector_rank") else {}
+    shapes |= dspark_shapes(full) if config.get("markov_rank") or inner.get("markov_rank") else {}
+    return shapes | (reduced_shapes(full) if full["draft_vocab_size"] < full["vocab_size"] else {})
 
 
 def tiny_target(folder: Path, **config: Any) -> Path:

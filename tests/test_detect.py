@@ -10,9 +10,9 @@ import pytest
 from published import DELETE, dflash_shapes, random_tensors, small_config, write_checkpoint
 
 from convert_drafter.converters.config import ConfigReader
-from convert_drafter.converters.convert import ConvertJob, prepare, read_published
+from convert_drafter.converters.convert import read_published
 from convert_drafter.converters.drafters import DFLASH, KINDS, SIGNATURES, detect
-from convert_drafter.converters.errors import Problems, WrongInput
+from convert_drafter.converters.errors import WrongInput
 from convert_drafter.converters.spec import HEADS
 
 WHERE = "drafter/config.json"
@@ -54,19 +54,37 @@ def test_dflash(tensors: tuple[str, ...], architectures: list[str] | None) -> No
     assert found(tensors, architectures=architectures) is DFLASH
 
 
-@pytest.mark.parametrize("label", ["DFlash2DraftModel", "DFlashDraftModel"], ids=["its own", "G-15 DFlash's"])
-def test_dflash2_under_either_label(label: str) -> None:
-    assert found(DFLASH2, architectures=[label]) is KINDS["dflash2"]
+@pytest.mark.parametrize(
+    ("tensors", "architecture", "kind"),
+    [
+        pytest.param(DFLASH2, "DFlash2DraftModel", "dflash2", id="DFlash2"),
+        pytest.param(DFLASH2, "DFlashDraftModel", "dflash2", id="G-15 DFlash2 weights, DFlash label"),
+        pytest.param(DSPARK, "DSparkDraftModel", "dspark", id="DSpark"),
+        pytest.param(DSPARK, "DFlashDraftModel", "dspark", id="G-15 DSpark weights, DFlash label"),
+        pytest.param(DSPARK, "Qwen3DSparkModel", "dspark", id="DeepSpec"),
+        pytest.param(DSPARK, "Lfm2DSparkDraftModel", "dspark", id="LFM2"),
+        pytest.param(MODELOPT, None, "dspark", id="ModelOpt's flat names"),
+        pytest.param(REDUCED, "DFlashSpeculator", "dflash", id="G-24 d2t"),
+        pytest.param((*PLAIN, "t2d"), "DFlashDraftModel", "dflash", id="G-24 t2d alone"),
+    ],
+)
+def test_relatives_of_dflash(tensors: tuple[str, ...], architecture: str | None, kind: str) -> None:
+    for names in (tensors, tuple(reversed(tensors))):
+        assert found(names, architectures=architecture and [architecture]) is KINDS[kind]
+
+
+@pytest.mark.parametrize(
+    "architecture", ["KimiK3DSpark5MLADraftModel", "Gemma4DSparkModel", "LagunaDSparkModel", "Qwen35DSparkModel"]
+)
+def test_dspark_of_another_build_is_refused(architecture: str) -> None:
+    """G-27: their attention or feed-forward is another one, under the same names of the Markov head."""
+    with pytest.raises(WrongInput, match=f"architectures: {architecture} on dspark tensors, expected one of"):
+        found(DSPARK, architectures=[architecture])
 
 
 @pytest.mark.parametrize(
     ("tensors", "architectures", "kind"),
     [
-        pytest.param(DSPARK, ["DSparkDraftModel"], "DSpark", id="DSpark"),
-        pytest.param(DSPARK, ["DFlashDraftModel"], "DSpark", id="G-15 DSpark weights, DFlash label"),
-        pytest.param(DSPARK, ["Qwen3DSparkModel"], "DSpark", id="DeepSpec"),
-        pytest.param(DSPARK, ["KimiK3DSpark5MLADraftModel"], "DSpark", id="G-27 MLA"),
-        pytest.param(MODELOPT, None, "DSpark", id="ModelOpt's flat names"),
         pytest.param(DOMINO, ["DominoDraftModel"], "Domino", id="G-27 Domino"),
         pytest.param(LAGUNA, ["DFlashLagunaForCausalLM"], "Laguna DFlash", id="G-18 Laguna"),
         pytest.param(LAGUNA_GATED, ["DFlashDraftModel"], "Laguna DFlash", id="G-18 Laguna by its gate"),
@@ -74,8 +92,6 @@ def test_dflash2_under_either_label(label: str) -> None:
         pytest.param(EAGLE3, ["LlamaForCausalLM"], "EAGLE-3", id="G-15 EAGLE-3 under Llama's name"),
         pytest.param(EAGLE3_LAYERS, ["Eagle3DraftModel"], "EAGLE-3", id="EAGLE-3, speculators"),
         pytest.param(GEMMA, ["Gemma4AssistantForCausalLM"], "Gemma-4 assistant", id="Gemma-4 assistant"),
-        pytest.param(REDUCED, ["DFlashSpeculator"], "reduced vocabulary", id="G-24 d2t"),
-        pytest.param((*PLAIN, "t2d"), ["DFlashDraftModel"], "reduced vocabulary", id="G-24 t2d alone"),
     ],
 )
 def test_other_kinds_are_refused_by_name(tensors: tuple[str, ...], architectures: list[str] | None, kind: str) -> None:
@@ -171,43 +187,3 @@ def test_a_dflash_name_on_eagle3_tensors_helps_nothing(tmp_path: Path) -> None:
     (folder / "model.safetensors").rename(folder / "dflash_draft_model.safetensors")
     with pytest.raises(WrongInput, match=r"Qwen3-DFlash/config\.json: the tensors are those of EAGLE-3"):
         read_published(folder)
-
-
-# --- quantized checkpoints ---
-
-
-@pytest.mark.parametrize(
-    ("config", "fragments"),
-    [
-        ({"quantization_config": {"quant_method": "fp8"}}, ["quantization_config", "fp8"]),
-        ({"quantization_config": {"quant_algo": "W4A16_NVFP4"}}, ["quantization_config", "W4A16_NVFP4"]),
-        ({"quantization_config": {"quant_method": "compressed-tensors"}}, ["compressed-tensors"]),
-        ({"quantization": {"group_size": 64, "bits": 4}}, ["quantization", "4 bits"]),
-        ({"quantization_config": {"bits": 8}}, ["quantization_config", "8 bits"]),
-        ({"quantization_config": "nvfp4"}, ["quantization_config", "nvfp4"]),
-        ({"quantization": "fp8"}, ["quantization", "fp8"]),
-    ],
-)
-@pytest.mark.parametrize("tensors", [PLAIN, DSPARK, TARGET])
-def test_quantized_checkpoints_are_refused_by_name(
-    config: dict[str, Any], fragments: list[str], tensors: tuple[str, ...]
-) -> None:
-    """G-27: MLX, fp8, NVFP4; whatever kind it is."""
-    with pytest.raises(WrongInput) as caught:
-        found(tensors, architectures=["DFlashDraftModel"], **config)
-    for fragment in (WHERE, "a quantized checkpoint", "the unquantized one", *fragments):
-        assert fragment in str(caught.value)
-
-
-@pytest.mark.parametrize("value", [None, {}])
-def test_no_quantization_is_no_objection(value: Any) -> None:
-    assert found(PLAIN, quantization_config=value, quantization=value) is DFLASH
-
-
-def test_quantized_tensors_without_a_word_in_the_config(tmp_path: Path) -> None:
-    config = small_config()
-    tensors = random_tensors(dflash_shapes(config))
-    tensors["fc.weight"] = np.zeros(tensors["fc.weight"].shape, np.uint8)
-    source = write_checkpoint(tmp_path / "drafter", config, tensors)
-    with pytest.raises(Problems, match=r"fc\.weight: dtype U8, expected one of F32.*use the unquantized one"):
-        prepare(ConvertJob(source, None, "lucebox", "F32", tmp_path / "out.gguf"))

@@ -86,9 +86,9 @@ def test_a_missing_key_is_named(good: Callable[[str], Path], key: str) -> None:
         (lambda _, tensors: tensors.pop("blk.1.ffn_up.weight"), "blk.1.ffn_up.weight: missing"),
         (
             lambda _, tensors: tensors.update(
-                {"markov_w1.weight": StoredTensor("markov_w1.weight", (4, 4), GGMLQuantizationType.F32)}
+                {"blk.0.attn_gate.weight": StoredTensor("blk.0.attn_gate.weight", (4, 4), GGMLQuantizationType.F32)}
             ),
-            "markov_w1.weight: unknown tensor",
+            "blk.0.attn_gate.weight: unknown tensor",
         ),
     ],
     ids=["missing", "of another kind"],

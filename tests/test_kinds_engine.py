@@ -13,6 +13,7 @@ from target_gguf import write_target
 
 from convert_drafter.converters import ConvertJob, convert
 from convert_drafter.converters.convert import read_published
+from convert_drafter.converters.dialects import CELLS
 from convert_drafter.converters.doctor import doctor
 from convert_drafter.converters.verdict import Outcome
 
@@ -30,7 +31,9 @@ from convert_drafter.converters.verify.loop import speculative_loop  # noqa: E40
 
 COUNT = 64
 PROMPTS = [json.loads(line)["tokens"] for line in (PAIR / "prompts.jsonl").read_text().splitlines()][:8]
-LEAST = {"dflash2": 2.0}  # tokens per verify step: drafts that nobody accepts would say nothing
+# Tokens per verify step: drafts that nobody accepts would say nothing.
+LEAST = {"dspark from the anchor": 1.0}
+USUALLY = 1.5
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +71,7 @@ def test_the_file_is_the_checkpoint(kind: str, source: Path, file: Path, gguf: P
     assert pairing.outcome is Outcome.PASS
     published = read_published(source, gguf)
     spec, weights = gguf_weights(file)
-    assert spec == published.spec and spec.kind == kind
+    assert spec == published.spec and spec.kind == kind.split()[0]
     expected = checkpoint_weights(published)
     assert weights.keys() == expected.keys()
     assert all((weights[key] == array).all() for key, array in expected.items())
@@ -79,7 +82,8 @@ def test_it_drafts_in_llama_server_as_in_torch(kind: str, file: Path, gguf: Path
     drafter = reference(*gguf_weights(file))
     length = drafter.spec.draft_length
     ours = [speculative_loop(target, TorchDrafter(drafter, target), prompt, COUNT, length) for prompt in PROMPTS]
-    run = run_prompts(find_server(None), gguf, PROMPTS, COUNT, file, length, threads=1)
+    how = CELLS[drafter.spec.kind, "llama.cpp"].draft_type
+    run = run_prompts(find_server(None), gguf, PROMPTS, COUNT, file, length, threads=1, draft_type=how)
     shared = same = 0
     for text, answer in zip(ours, run.answers, strict=True):
         assert answer.tokens == text.tokens
@@ -91,7 +95,7 @@ def test_it_drafts_in_llama_server_as_in_torch(kind: str, file: Path, gguf: Path
         same += sum(here[place] == there[place] for place in places)
     assert shared > 0.9 * sum(len(text.steps) - 1 for text in ours)
     assert same >= 0.99 * shared
-    assert total(text.acceptance for text in ours).length > LEAST[kind]
+    assert total(text.acceptance for text in ours).length > LEAST.get(kind, USUALLY)
 
 
 def by_place(steps: Iterable[tuple[int, int]]) -> dict[int, int]:

@@ -7,6 +7,7 @@ G-n are the config traps, T-n the traps of other converters.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,6 @@ from published import (
     SMALL_KV_HEADS,
     SMALL_VOCAB,
     changed,
-    dflash_shapes,
     published_config,
     published_shapes,
     random_tensors,
@@ -43,6 +43,7 @@ NESTED_BLOCK, TOP_BLOCK = "dflash_config.block_size", "block_size"
 NESTED_MASK, TOP_MASK = "dflash_config.mask_token_id", "mask_token_id"
 NESTED_CAPTURES, TOP_CAPTURES = "dflash_config.target_layer_ids", "target_layer_ids"
 DEPTH = "num_target_layers"
+LAYOUT = ("transformer_layer_config", "draft_vocab_size")
 
 
 def spec(heads: int = 8, hidden: int = SMALL_HIDDEN, kind: str = "dflash", **facts: Any) -> DrafterSpec:
@@ -56,9 +57,13 @@ def spec(heads: int = 8, hidden: int = SMALL_HIDDEN, kind: str = "dflash", **fac
         kv_head_count=SMALL_KV_HEADS,
         head_dim=SMALL_HEAD_DIM,
         vocab_size=SMALL_VOCAB,
-        causal=False,
-        **facts,
+        **{"causal": False, **facts},
     )
+
+
+def dspark(**facts: Any) -> DrafterSpec:
+    own = {"kind": "dspark", "markov_rank": 256, "confidence_head": True, "sample_from_anchor": True}
+    return spec(**{**own, **facts})
 
 
 def rope(theta: float, dimensions: int = SMALL_HEAD_DIM, **more: Any) -> Rope:
@@ -96,9 +101,10 @@ OLD = origins(TOP_THETA, TOP_BLOCK, NESTED_MASK, NESTED_CAPTURES)  # z-lab until
 NEW = origins(NESTED_THETA, NESTED_BLOCK, NESTED_MASK, NESTED_CAPTURES)  # z-lab since June 2026
 # llama.cpp packs 16 * 17 scores into a row of the hidden size, which is small here
 EIGHT = {"dflash_config.selector_top_k": "8"}
-ONLY_LLAMA_CPP = {
-    runtime: (f"{runtime} has no loader for dflash2 drafters",) for runtime in ("ik_llama.cpp", "lucebox")
-}
+ONLY_LLAMA_CPP, DSPARK_ONLY = (
+    {runtime: (f"{runtime} has no loader for {kind} drafters",) for runtime in ("ik_llama.cpp", "lucebox")}
+    for kind in ("dflash2", "dspark")
+)
 EPSILON_OF_LUCEBOX = ("norm_epsilon: Lucebox computes every norm with 1e-06",)
 
 READ = [
@@ -134,6 +140,99 @@ READ = [
         NEW,
         complete=True,
         traps="G-1 G-3 G-11 G-23 T-46 T-54 T-55",
+    ),
+    Case(
+        "SpecForge__qwen3-4b-dspark",
+        dspark(
+            layer_count=5,
+            context_length=40960,
+            norm_epsilon=1e-6,
+            rope=rope(1_000_000.0),
+            block_size=7,
+            mask_token_id=117,
+            capture_layers=(1, 9, 17, 25, 33),
+            target_layer_count=36,
+        ),
+        origins(TOP_THETA, TOP_BLOCK, NESTED_MASK, NESTED_CAPTURES) | {"markov_rank": "dflash_config.markov_rank"},
+        complete=True,
+        objections=DSPARK_ONLY,
+    ),
+    Case(
+        "deepseek-ai__dspark_qwen3_4b_block7",
+        dspark(
+            layer_count=5,
+            context_length=40960,
+            norm_epsilon=1e-6,
+            rope=rope(1_000_000.0),
+            block_size=7,
+            mask_token_id=117,
+            capture_layers=(1, 9, 17, 25, 33),
+            target_layer_count=36,
+        ),
+        origins(NESTED_THETA, TOP_BLOCK, TOP_MASK, TOP_CAPTURES)
+        | {"markov_rank": "markov_rank", "sample_from_anchor": "DSpark's definition (no key says otherwise)"},
+        complete=False,
+        objections=DSPARK_ONLY,
+    ),
+    Case(
+        "RadixArk__Kimi-K3-DSpark",
+        dspark(
+            layer_count=5,
+            context_length=1048576,
+            norm_epsilon=1e-5,
+            rope=rope(10_000.0),
+            block_size=7,
+            mask_token_id=2032,  # 163824 % 2048
+            capture_layers=(7, 23, 51, 67, 83),
+            target_layer_count=93,
+        ),
+        origins(NESTED_THETA, TOP_BLOCK, NESTED_MASK, NESTED_CAPTURES),
+        complete=False,
+        objections=DSPARK_ONLY,
+    ),
+    Case(
+        "LiquidAI__LFM2-1.2B-16L-DSpark",
+        dspark(
+            hidden=128,
+            layer_count=5,
+            context_length=128000,
+            norm_epsilon=1e-5,
+            rope=rope(1_000_000.0),
+            block_size=9,
+            mask_token_id=914,  # 64402 % 2048
+            capture_layers=(2, 5, 8, 11, 14),
+            target_layer_count=16,
+        ),
+        origins(TOP_THETA, TOP_BLOCK, NESTED_MASK, NESTED_CAPTURES) | {"target_layer_count": f"dflash_config.{DEPTH}"},
+        complete=False,
+        traps="interleaved rotary rows",
+        objections=DSPARK_ONLY,
+    ),
+    Case(
+        "RedHatAI__GLM-5.3-speculator.dspark",
+        dspark(
+            heads=2,
+            layer_count=3,
+            context_length=1048576,
+            norm_epsilon=1e-5,
+            rope=rope(8_000_000.0),
+            block_size=8,
+            mask_token_id=1256,
+            capture_layers=(1, 19, 38, 57, 74),
+            target_layer_count=78,
+            causal=True,
+            window=window(2048, sliding=3, full=0),
+        ),
+        {
+            "rope.theta": f"transformer_layer_config.{NESTED_THETA}",
+            "capture_layers": "aux_hidden_state_layer_ids",
+            "causal": "sliding_window_non_causal",
+            "sample_from_anchor": "sample_from_anchor",
+        },
+        complete=True,
+        traps="G-4 G-7",
+        settings={"num_target_layers": "78"},
+        objections=DSPARK_ONLY,
     ),
     Case(
         "z-lab__Qwen3.8-27B-DFlash2",
@@ -482,17 +581,24 @@ class Refusal:
     kind: str = ""  # whose tensors it has, where not those of its config
 
 
+OF_OTHER_KINDS = re.compile(r"selector|conv|markov|confidence")
 MARKOV = ("markov_head.markov_w1.weight", "markov_head.markov_w2.weight", "confidence_head.proj.weight")
-REDUCED = ("embed_tokens.weight", "lm_head.weight", "d2t", "t2d")
 FUSED = ("fc.weight", "hidden_norm.weight", "aux_hidden_norms.0.weight", "layers.0.self_attn.qkv_proj.weight")
-DSPARK_NAMED = ("the tensors are those of DSpark", "not converted yet")
 
 
-def lost_head(name: str, *fragments: str, complete: bool = False, traps: str = "") -> list[Refusal]:
-    """A DSpark config is refused by its tensors, and by its config where the head's tensors are lost."""
+def lost_head(name: str, *fragments: str, complete: bool = False, traps: str = "") -> Refusal:
+    """A DSpark config whose head's tensors are lost is refused by its config."""
+    return Refusal(name, fragments, complete, f"G-15 {traps}, tensors lost", kind="dflash")
+
+
+def other_build(
+    name: str, architecture: str, *fragments: str, complete: bool = False, traps: str = ""
+) -> list[Refusal]:
+    """A DSpark head on a backbone that computes something else, with its tensors and without the head's."""
+    named = f"architectures: {architecture} on"
     return [
-        Refusal(name, DSPARK_NAMED, complete, f"G-15 {traps}", extra=MARKOV),
-        Refusal(name, fragments, complete, f"G-15 {traps}, tensors lost"),
+        Refusal(name, (f"{named} dspark tensors",), complete, f"G-15 {traps}", extra=MARKOV),
+        lost_head(name, *(fragments or (f"{named} dflash tensors",)), complete=complete, traps=traps),
     ]
 
 
@@ -506,10 +612,10 @@ REFUSED = [
     Refusal("z-lab__gpt-oss-120b-DFlash", ("rope_scaling.truncate: found False", "--set"), True, "G-17 truncate false"),
     Refusal(
         "z-lab__Qwen3.5-4B-DFlash",
-        ("quantization_config", "W4A16_NVFP4"),
+        ("quantization_config", "W4A8_AWQ"),
         True,
         "G-27 quantized",
-        changes={"quantization_config": {"quant_algo": "W4A16_NVFP4"}},
+        changes={"quantization_config": {"quant_algo": "W4A8_AWQ"}},
     ),
     Refusal(
         "SpecForge__qwen3-8b-domino",
@@ -520,15 +626,14 @@ REFUSED = [
     ),
     Refusal("SpecForge__qwen3-8b-domino", ("DominoDraftModel on dflash tensors",), True, "G-27 tensors lost"),
     Refusal("SpecForge__qwen3-8b-peagle", ("PEagleDraftModel on dflash tensors",), True, "G-27"),
-    *lost_head("deepseek-ai__dspark_gemma4_12b_block7", "Gemma4DSparkModel on dflash", complete=True, traps="G-2 G-12"),
-    *lost_head("RedHatAI__GLM-5.3-speculator.dspark", "DSparkDraftModel on dflash", complete=True, traps="G-4 G-7"),
-    *lost_head("SpecForge__qwen3-4b-dspark", "DSparkDraftModel on dflash tensors", complete=True),
+    *other_build("deepseek-ai__dspark_gemma4_12b_block7", "Gemma4DSparkModel", complete=True, traps="G-2 G-12"),
+    lost_head("RedHatAI__GLM-5.3-speculator.dspark", "DSparkDraftModel on dflash", complete=True, traps="G-4 G-7"),
+    lost_head("SpecForge__qwen3-4b-dspark", "DSparkDraftModel on dflash tensors", complete=True),
     # speculators' layout
-    Refusal("RedHatAI__Qwen3-8B-speculator.dflash", ("reduced vocabulary",), False, "G-24", extra=REDUCED),
-    Refusal("RedHatAI__Qwen3-8B-speculator.dflash", ("transformer_layer_config", "speculators"), False, "G-4 G-16"),
-    Refusal("RedHatAI__DeepSeek-V4-Flash-speculator.dflash", ("reduced vocabulary",), False, "G-24", extra=REDUCED),
-    Refusal("RedHatAI__DeepSeek-V4-Flash-speculator.dflash", ("transformer_layer_config", "speculators"), False, "G-4"),
-    *lost_head("RedHatAI__Qwen3-4B-speculator.dspark", "transformer_layer_config", traps="G-7"),
+    Refusal("RedHatAI__Qwen3-8B-speculator.dflash", ("max_position_embeddings",), False, "G-4 G-16 G-24"),
+    Refusal("RedHatAI__DeepSeek-V4-Flash-speculator.dflash", ("max_position_embeddings",), False, "G-4 G-24"),
+    Refusal("RedHatAI__Qwen3-4B-speculator.dspark", ("max_position_embeddings",), False, "G-7"),
+    lost_head("RedHatAI__Qwen3-4B-speculator.dspark", "sample_from_anchor: found True, expected False", traps="G-7"),
     # excerpts of configs: a key that is not there is named, never guessed
     Refusal(
         "nvidia__NVIDIA-Nemotron-3.5-Lightning-30B-A3B-NVFP4-DFlash",
@@ -545,16 +650,19 @@ REFUSED = [
     Refusal("z-lab__Qwen3.5-397B-A17B-DFlash", ("intermediate_size",), False),
     Refusal("z-lab__gpt-oss-20b-DFlash", ("num_target_layers",), False, "G-17"),
     Refusal("unknown__dspark-block11-fixture", ("num_hidden_layers",), False),
-    *lost_head("unknown__modelopt-Qwen3-30B-DSpark", "dflash_config.markov_rank: found 256", "DSpark"),
-    *lost_head("unknown__TorchSpec-qwen_3_dspark", "Qwen3DSparkForCausalLM on dflash tensors", traps="G-7 G-9"),
-    *lost_head("deepseek-ai__dspark_qwen3_4b_block7", "markov_rank: found 256, expected 0", "DSpark"),
-    *lost_head("DimInfer__Qwen3.8-27B-Dspark-v1", "markov_rank: found 256, expected 0", "DSpark"),
-    *lost_head("satgeze__Qwen3.6-27B-DSpark", "num_hidden_layers", traps="G-14"),
-    *lost_head("stanleyphoong__Ornith-1.0-9B-DSpark", "Qwen35DSparkModel on dflash tensors", traps="G-14"),
-    *lost_head("RespectMathias__Laguna-XS-2.1-DSpark", "LagunaDSparkModel on dflash tensors", traps="G-18"),
-    *lost_head("RadixArk__Kimi-K3-DSpark", "DSparkDraftModel on dflash tensors"),
-    *lost_head("LiquidAI__LFM2-1.2B-16L-DSpark", "Lfm2DSparkDraftModel on dflash tensors"),
-    *lost_head("SpecForge__kimi-k3-dspark-5mla", "KimiK3DSpark5MLADraftModel on dflash tensors", traps="G-27"),
+    Refusal("unknown__modelopt-Qwen3-30B-DSpark", ("num_key_value_heads",), False),
+    lost_head("unknown__modelopt-Qwen3-30B-DSpark", "dflash_config.markov_rank: found 256", "DSpark"),
+    *other_build("unknown__TorchSpec-qwen_3_dspark", "Qwen3DSparkForCausalLM", traps="G-7 G-9"),
+    lost_head("deepseek-ai__dspark_qwen3_4b_block7", "markov_rank: found 256, expected 0", "DSpark"),
+    Refusal("DimInfer__Qwen3.8-27B-Dspark-v1", ("num_hidden_layers",), False),
+    lost_head("DimInfer__Qwen3.8-27B-Dspark-v1", "markov_rank: found 256, expected 0", "DSpark"),
+    Refusal("satgeze__Qwen3.6-27B-DSpark", ("markov_rank: missing",), False, "G-14", extra=MARKOV),
+    lost_head("satgeze__Qwen3.6-27B-DSpark", "num_hidden_layers", traps="G-14"),
+    *other_build("stanleyphoong__Ornith-1.0-9B-DSpark", "Qwen35DSparkModel", traps="G-14"),
+    *other_build("RespectMathias__Laguna-XS-2.1-DSpark", "LagunaDSparkModel", traps="G-18"),
+    lost_head("RadixArk__Kimi-K3-DSpark", "DSparkDraftModel on dflash tensors"),
+    lost_head("LiquidAI__LFM2-1.2B-16L-DSpark", "Lfm2DSparkDraftModel on dflash tensors"),
+    *other_build("SpecForge__kimi-k3-dspark-5mla", "KimiK3DSpark5MLADraftModel", traps="G-27"),
 ]
 TARGETS = {"Qwen__Qwen3.6-27B"}
 COMPLETE = {
@@ -584,7 +692,9 @@ refusals = pytest.mark.parametrize("case", [pytest.param(r, id=f"{r.name} {r.tra
 
 def checkpoint(folder: Path, name: str, **changes: Any) -> Path:
     config = scaled_down(changed(published_config(name), changes))
-    return write_checkpoint(folder, config, random_tensors(published_shapes(config)))
+    return write_checkpoint(
+        folder, config, random_tensors(published_shapes(config | config.get("transformer_layer_config", {})))
+    )
 
 
 def target_of(case: Case, folder: Path, **config: Any) -> Path:
@@ -630,8 +740,9 @@ def test_scaling_down_changes_widths_and_mask_only(name: str) -> None:
         "vocab_size",
     }
     assert before.keys() == after.keys()
-    assert differing <= widths | {"v_head_dim", "target_hidden_size", "mask_token_id"}
+    assert differing <= widths | {"v_head_dim", "target_hidden_size", "mask_token_id", *LAYOUT}
     assert inner <= {"mask_token_id"}
+    before, after = ({**c, **c.get(LAYOUT[0], {})} for c in (before, after))
     ratio = [c["num_attention_heads"] / c["num_key_value_heads"] for c in (before, after)]
     square = [c["num_attention_heads"] * c["head_dim"] == c["hidden_size"] for c in (before, after)]
     assert ratio[0] == ratio[1] and square[0] == square[1]
@@ -787,7 +898,7 @@ def test_refusals(case: Refusal, tmp_path: Path) -> None:
     config = scaled_down(changed(published_config(case.name), case.changes))
     shapes = published_shapes(config | config.get("transformer_layer_config", {}))
     if case.kind == "dflash":
-        shapes = dflash_shapes(config)
+        shapes = {name: shape for name, shape in shapes.items() if not OF_OTHER_KINDS.search(name)}
     tensors = {name: np.zeros(shape, np.float32) for name, shape in shapes.items() if not case.instead}
     tensors |= {name: np.zeros(2, np.float32) for name in (*case.instead, *case.extra)}
     source = write_checkpoint(tmp_path / case.name, config, tensors)

@@ -19,7 +19,8 @@ from convert_drafter.converters.recipes import RECIPES
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 RECIPES_PAGE = (ROOT / "docs" / "recipes.md").read_text()
-TABLES = {"kinds": README, "dialects": README, "recipes": RECIPES_PAGE, "kept": RECIPES_PAGE}
+DRAFTERS_PAGE = (ROOT / "docs" / "drafters.md").read_text()
+TABLES = {"kinds": README, "dialects": DRAFTERS_PAGE, "recipes": RECIPES_PAGE, "kept": RECIPES_PAGE}
 EXAMPLE = re.compile(r"<!-- run(?:: (?P<how>[^>]+))? -->\n```console\n\$ (?P<command>.+)\n(?P<output>(?:.*\n)*?)```")
 ENGINE = "engine "  # an example that needs torch
 EXAMPLES = [

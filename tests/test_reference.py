@@ -15,7 +15,7 @@ from convert_drafter.converters import ConvertJob, convert
 from convert_drafter.converters.convert import read_published
 from convert_drafter.converters.errors import Problems, WrongInput
 from convert_drafter.converters.roles import Role
-from convert_drafter.converters.spec import DrafterSpec, Rope, RopeScaling, SlidingWindow
+from convert_drafter.converters.spec import Convolution, DrafterSpec, Rope, RopeScaling, Selector, SlidingWindow
 
 pytestmark = pytest.mark.engine
 torch = pytest.importorskip("torch")
@@ -52,9 +52,11 @@ SPEC = DrafterSpec(
     causal=False,
 )
 YARN = RopeScaling("yarn", 4.0, 16)
-OWN_TABLES = {(Role.TOKEN_EMBEDDING, None): (40, 24), (Role.OUTPUT, None): (40, 24)}
+OWN_TABLES = ((Role.TOKEN_EMBEDDING, None), (Role.OUTPUT, None))
 BIASES = {Role.ATTN_Q_BIAS: 32, Role.ATTN_K_BIAS: 16, Role.ATTN_V_BIAS: 16, Role.ATTN_OUTPUT_BIAS: 24}
 SINKS = {Role.ATTN_SINKS: 4}
+DFLASH2 = {"kind": "dflash2", "convolution": Convolution(2, 4), "selector": Selector(6, 5)}
+DSPARK = {"kind": "dspark", "markov_rank": 6, "confidence_head": False, "sample_from_anchor": False}
 # what a drafter may have: changes of the spec, tensors per layer, tensors once
 VARIANTS: dict[str, tuple[dict[str, Any], dict[Role, int], list[Role]]] = {
     "plain": ({}, {}, []),
@@ -79,20 +81,32 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[Role, int], list[Role]]] = {
     "own embedding": ({}, {}, [Role.TOKEN_EMBEDDING]),
     "own head": ({}, {}, [Role.OUTPUT]),
     "own embedding and head": ({}, {}, [Role.TOKEN_EMBEDDING, Role.OUTPUT]),
-}
+    "reduced vocabulary": ({"draft_vocab_size": 24}, {}, [Role.TOKEN_EMBEDDING, Role.OUTPUT, Role.DRAFT_TO_TARGET]),
+    "DFlash2": (DFLASH2, {}, []),
+    "DFlash2, three taps, all channels alike": (DFLASH2 | {"convolution": Convolution(3, 24)}, {}, []),
+    "DSpark": (DSPARK, {}, []),
+    "DSpark from the anchor": (DSPARK | {"sample_from_anchor": True}, {}, []),
+    "DSpark, reduced vocabulary": (
+        DSPARK | {"draft_vocab_size": 24}, {}, [Role.TOKEN_EMBEDDING, Role.OUTPUT, Role.DRAFT_TO_TARGET]
+    ),
+}  # fmt: skip
 
 
 def made(name: str) -> tuple[DrafterSpec, Weights]:
     """A variant's facts and random weights."""
     changes, layered, once = VARIANTS[name]
     spec = replace(SPEC, **changes)
-    shapes = {key: tuple(value.shape) for key, value in DFlash(SPEC).state_dict().items()}
+    shapes = {key: tuple(value.shape) for key, value in DFlash(spec).state_dict().items()}
     names = parameter_names(spec)
     weights: dict[Any, tuple[int, ...]] = {key: shapes[name] for key, name in names.items() if name in shapes}
     weights |= {(role, i): (size,) for role, size in layered.items() for i in range(spec.layer_count)}
-    weights |= {key: shape for key, shape in OWN_TABLES.items() if key[0] in once}
+    rows = spec.draft_vocab_size or spec.vocab_size
+    weights |= {key: (rows if key[0] is Role.OUTPUT else 40, 24) for key in OWN_TABLES if key[0] in once}
     rng = np.random.default_rng(1)
-    return spec, {key: rng.standard_normal(shape).astype(np.float32) * 0.4 for key, shape in weights.items()}
+    made = {key: rng.standard_normal(shape).astype(np.float32) * 0.4 for key, shape in weights.items()}
+    if Role.DRAFT_TO_TARGET in once:
+        made[Role.DRAFT_TO_TARGET, None] = rng.permutation(spec.vocab_size)[:rows].astype(np.float32)
+    return spec, made
 
 
 class Oracle:
@@ -146,16 +160,65 @@ class Oracle:
         below = sum(math.exp(s) for s in scores) + (0 if sink is None else math.exp(sink[head]))
         return sum(math.exp(s) / below * v[group] for s, (_, _, v) in zip(scores, seen, strict=True))
 
-    def draft(self, embedding: np.ndarray, head: np.ndarray, captured: np.ndarray, anchor: int, n: int) -> np.ndarray:
+    def filtered(self, xs: list[Any], us: list[Any], side: int, base: Role, projection: Role, layer: int) -> list[Any]:
+        """Dialects 7.2, one channel group at a time; `us` are the sublayer's normed inputs."""
+        conv = self.spec.convolution
+        if conv is None:
+            return xs
+        groups, out = self.spec.hidden_size // conv.group_size, []
+        for t, u in enumerate(us):
+            dynamic, y = (self.w[projection, layer] @ u).reshape(2, conv.kernel_size, groups), np.zeros_like(u)
+            for tap in range(min(conv.kernel_size, t + 1)):
+                for g in range(groups):
+                    part = slice(g * conv.group_size, (g + 1) * conv.group_size)
+                    weight = self.w[base, layer][side, tap, part] + dynamic[side, tap, g]
+                    y[part] += weight * xs[t - tap][part]
+            out.append(y)
+        return out
+
+    def chosen(self, hidden: list[Any], logits: np.ndarray, anchor: int) -> tuple[list[int], np.ndarray]:
+        """The walk from draft to draft; logits over the target's vocabulary, as the choice saw them."""
+        spec, out, before, tokens = self.spec, [], anchor, list[int]()
+        d2t = self.w.get((Role.DRAFT_TO_TARGET, None))
+        for row, state in zip(logits, hidden, strict=True):
+            if spec.markov_rank:
+                row = row + self.w[Role.MARKOV_OUT, None] @ self.w[Role.MARKOV_IN, None][before]
+            if d2t is not None:
+                row, own = np.full(spec.vocab_size, -1e30), row
+                for i, token in enumerate(d2t):
+                    row[int(token)] = own[i]
+            best = int(row.argmax())
+            if spec.selector is not None:
+                s = self.w[Role.SELECTOR_HIDDEN, None] @ state
+                pull = self.w[Role.SELECTOR_PREDECESSOR, None][before] * s
+                likeliest = sorted(range(len(row)), key=lambda c: -row[c])[: spec.selector.top_k]
+                row = row.copy()
+                scores = {c: row[c] + self.w[Role.SELECTOR_SUCCESSOR, None][c] @ pull for c in likeliest}
+                for c, score in scores.items():
+                    row[c] = score
+                best = max(scores, key=lambda c: scores[c])
+            tokens.append(best)
+            out.append(row)
+            before = best
+        return tokens, np.array(out)
+
+    def draft(
+        self, embedding: np.ndarray, head: np.ndarray, captured: np.ndarray, anchor: int, n: int
+    ) -> tuple[list[int], np.ndarray]:
         spec, theta, start = self.spec, self.spec.rope.theta, len(captured)
         own = self.w.get((Role.TOKEN_EMBEDDING, None))
         head = self.w.get((Role.OUTPUT, None), head if own is None else own)
         embedding = embedding if own is None else own
         features = [self.norm(self.w[Role.FUSION, None] @ c, Role.FUSION_NORM, None) for c in captured]
-        h = [embedding[t] * (spec.embedding_scale or 1) for t in [anchor] + [spec.mask_token_id] * n]
+        h = [
+            embedding[t] * (spec.embedding_scale or 1)
+            for t in [anchor] + [spec.mask_token_id] * (n - bool(spec.sample_from_anchor))
+        ]
         for layer in range(spec.layer_count):
             context = [(p, *self.keys_values(c, p, spec.context_theta or theta, layer)) for p, c in enumerate(features)]
-            u = [self.norm(x, Role.ATTN_NORM, layer) for x in h]
+            conv = (Role.ATTN_CONV_BASE, Role.ATTN_CONV_PROJ, layer)
+            normed = [self.norm(x, Role.ATTN_NORM, layer) for x in h]
+            u, outputs = self.filtered(normed, normed, 0, *conv), []
             block = [(start + i, *self.keys_values(x, start + i, theta, layer)) for i, x in enumerate(u)]
             for i, x in enumerate(u):
                 seen = [*context, *(block[: i + 1] if spec.causal else block)]
@@ -163,14 +226,18 @@ class Oracle:
                 turned = [self.turned(self.norm(q, Role.ATTN_Q_NORM, layer), start + i, theta) for q in queries]
                 o = np.concatenate([self.attention(q, j, start + i, seen, layer) for j, q in enumerate(turned)])
                 o = self.w[Role.ATTN_OUTPUT, layer] @ o + self.w.get((Role.ATTN_OUTPUT_BIAS, layer), 0.0)
-                h[i] = h[i] + o * (spec.attention_value_scale or 1)
-            for i, x in enumerate(h):
-                z = self.norm(x, Role.FFN_NORM, layer)
+                outputs.append(o * (spec.attention_value_scale or 1))
+            h = [a + b for a, b in zip(h, self.filtered(outputs, normed, 1, *conv), strict=True)]
+            conv = (Role.FFN_CONV_BASE, Role.FFN_CONV_PROJ, layer)
+            normed, outputs = [self.norm(x, Role.FFN_NORM, layer) for x in h], []
+            for z in self.filtered(normed, normed, 0, *conv):
                 gate, up = self.w[Role.FFN_GATE, layer] @ z, self.w[Role.FFN_UP, layer] @ z
-                h[i] = x + self.w[Role.FFN_DOWN, layer] @ (gate / (1 + np.exp(-gate)) * up)
-        logits = np.array([head @ self.norm(x, Role.OUTPUT_NORM, None) for x in h[1:]]) * (spec.logit_scale or 1)
+                outputs.append(self.w[Role.FFN_DOWN, layer] @ (gate / (1 + np.exp(-gate)) * up))
+            h = [a + b for a, b in zip(h, self.filtered(outputs, normed, 1, *conv), strict=True)]
+        final = [self.norm(x, Role.OUTPUT_NORM, None) for x in h[len(h) - n :]]
+        logits = np.array([head @ x for x in final]) * (spec.logit_scale or 1)
         cap = spec.logit_softcap
-        return logits if cap is None else cap * np.tanh(logits / cap)
+        return self.chosen(final, logits if cap is None else cap * np.tanh(logits / cap), anchor)
 
 
 def inputs(positions: int = 7) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -184,14 +251,17 @@ def drafted(spec: DrafterSpec, weights: Weights, anchor: int, count: int, positi
     drafter = reference(spec, weights)
     embedding, head, captured = map(torch.from_numpy, inputs(positions))
     context = drafter.inject(drafter.fuse(captured), torch.arange(positions))
-    return drafter.draft(context, anchor, count, Tables(embedding, head)).logits.numpy()
+    found = drafter.draft(context, anchor, count, Tables(embedding, head))
+    return found.tokens.tolist(), found.logits.numpy()
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_against_the_algorithm_written_twice(name: str) -> None:
     spec, weights = made(name)
-    expected = Oracle(spec, weights).draft(*inputs(), 11, 4)
-    np.testing.assert_allclose(drafted(spec, weights, 11, 4), expected, rtol=1e-4, atol=2e-5)
+    tokens, logits = Oracle(spec, weights).draft(*inputs(), 11, 4)
+    found = drafted(spec, weights, 11, 4)
+    assert found[0] == tokens
+    np.testing.assert_allclose(found[1], logits, rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name != "plain"])
@@ -199,7 +269,22 @@ def test_every_fact_changes_the_drafts(name: str) -> None:
     """Else the comparison above would say nothing about it."""
     spec, weights = made(name)
     plain = {key: array for key, array in weights.items() if key in made("plain")[1]}
-    assert np.abs(drafted(spec, weights, 11, 4) - drafted(SPEC, plain, 11, 4)).max() > 1e-3
+    assert np.abs(drafted(spec, weights, 11, 4)[1] - drafted(SPEC, plain, 11, 4)[1]).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["DFlash2", "DSpark"])
+def test_drafts_follow_what_they_are_told(name: str) -> None:
+    """Each is drafted as if those before it had been these; the first one has none before it."""
+    spec, weights = made(name)
+    drafter = reference(spec, weights)
+    embedding, head, captured = map(torch.from_numpy, inputs())
+    context, tables = drafter.read(None, captured, (), Tables(embedding, head)), Tables(embedding, head)
+    free = drafter.draft(context, 11, 4, tables)
+    same = drafter.draft(context, 11, 4, tables, free.tokens.tolist())
+    assert torch.equal(free.logits, same.logits) and drafter.depends
+    other = drafter.draft(context, 11, 4, tables, [(int(token) + 1) % 40 for token in free.tokens])
+    assert torch.equal(free.logits[0], other.logits[0])
+    assert not torch.equal(free.logits[1:], other.logits[1:])
 
 
 @pytest.mark.parametrize("count", [1, 4])

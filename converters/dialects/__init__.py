@@ -14,7 +14,10 @@ from convert_drafter.converters.spec import HEADS
 
 CELLS: dict[tuple[str, str], Cell] = {
     (cell.kind, cell.runtime): cell
-    for cell in (llama_cpp.DFLASH, ik_llama_cpp.DFLASH, lucebox.DFLASH, llama_cpp.DFLASH2, llama_cpp_mtp.QWEN35)
+    for cell in (
+        *(llama_cpp.DFLASH, ik_llama_cpp.DFLASH, lucebox.DFLASH, llama_cpp.DFLASH2, llama_cpp.DSPARK),
+        *llama_cpp_mtp.CELLS,
+    )
 }
 RUNTIMES: tuple[str, ...] = tuple(dict.fromkeys(runtime for _, runtime in CELLS))
 

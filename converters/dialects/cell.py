@@ -110,10 +110,10 @@ class Cell:
 
     `names` lists the tensors called otherwise than the role says, None where the loader has no such tensor;
     `harmless` the facts that may be lost, with the reason; `needs` a tensor that may not come without another;
-    `targets` the target architectures that hand out hidden states, True where also the last layer's; `tokenizer`
-    tells whether the file carries the target's; `telling` is the tensor that tells this kind's files from those of
-    another kind under the same `arch`, or from the target's own; `launch_attached` runs a target that the drafter is
-    attached to, None where it cannot be.
+    `draft_type` is llama-server's name of how it drafts; `targets` the target architectures that hand out hidden
+    states, True where also the last layer's; `tokenizer` tells whether the file carries the target's; `telling` is the
+    tensor that tells this kind's files from those of another kind under the same `arch`, or from the target's own;
+    `launch_attached` runs a target that the drafter is attached to, None where it cannot be.
     """
 
     kind: str
@@ -122,6 +122,7 @@ class Cell:
     rows: tuple[Row, ...]
     source: str
     launch: str
+    draft_type: str = ""
     names: Mapping[Role, str | None] = field(default_factory=dict)
     counts: tuple[Count, ...] = ()
     implied: tuple[Implied, ...] = ()
@@ -179,6 +180,8 @@ OWN_ROWS = (
     Row("drafter.kind", STRING, "kind"),
     Row("drafter.target.block_count", U32, "target_layer_count"),
     Row("drafter.target.embedding_length", U32, "target_hidden_size"),
+    Row("drafter.draft_vocab_size", U32, "draft_vocab_size"),
+    Row("drafter.markov_rank", U32, "markov_rank"),
 )
 
 

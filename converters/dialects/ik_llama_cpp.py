@@ -33,6 +33,7 @@ DFLASH = Cell(
         Row("{a}.dflash.backbone_rotary_base", F32, "context_theta"),
     ),
     names={
+        Role.DRAFT_TO_TARGET: None,
         Role.FUSION: "dflash_fc.weight",
         Role.FUSION_NORM: "dflash_hidden_norm.weight",
         Role.FFN_NORM: "blk.{i}.post_attention_norm.weight",

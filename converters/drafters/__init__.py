@@ -10,16 +10,17 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from convert_drafter.converters.config import ConfigReader, lookup
+from convert_drafter.converters.config import ConfigReader
 from convert_drafter.converters.drafters import mtp
 from convert_drafter.converters.drafters.dflash import DFLASH
 from convert_drafter.converters.drafters.dflash2 import DFLASH2
+from convert_drafter.converters.drafters.dspark import DSPARK
 from convert_drafter.converters.drafters.kind import Headers, Kind
 from convert_drafter.converters.drafters.mtp import needed
 from convert_drafter.converters.errors import WrongInput
 from convert_drafter.converters.plan import TensorRule
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (DFLASH, DFLASH2, *mtp.FAMILIES)}
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (DFLASH, DFLASH2, DSPARK, *mtp.FAMILIES)}
 
 
 MTP = "MTP"  # a family of targets has a kind of its own
@@ -36,13 +37,12 @@ class Signature:
 # The first match decides, so a kind stands before the kinds whose tensors it shares.
 SIGNATURES = (
     Signature("dflash2", r"candidate_selector\."),
-    Signature("DSpark", r"(dspark_)?(markov_head\.)?markov_w1|markov_head\."),
+    Signature("dspark", r"(dspark_)?(markov_head\.)?markov_w1|markov_head\."),
     Signature("Domino", r"domino_|prefix_gru\."),
     Signature("Laguna DFlash", r"aux_hidden_norms?\.|layers\.\d+\.self_attn\.(g_proj|qkv_proj)\."),
     Signature("Gemma-4 assistant", r"pre_projection\."),
     Signature("EAGLE-3", r"midlayer\.|layers\.0\.hidden_norm\."),
     Signature(MTP, r"mtp(_layers)?\.|layers\.\d+\.eh_proj\."),
-    Signature("DFlash with a reduced vocabulary", r"(d2t|t2d)$"),
     Signature("dflash", r"hidden_norm\.weight$"),
 )
 
@@ -56,8 +56,6 @@ def detect(reader: ConfigReader, headers: Headers) -> Kind:
     """The kind of a checkpoint. Raises `WrongInput` naming what it is, when it is something we do not convert."""
     architectures = reader.find_list("architectures", str, "architectures") or ()
     found = _by_tensors(headers)
-    family = mtp.find_family(reader, architectures) if found == MTP else None
-    _refuse_quantized(reader)
     supported = ", ".join(KINDS)
     if found is None:
         mtp.refuse_without_head(reader, len(headers))
@@ -66,9 +64,9 @@ def detect(reader: ConfigReader, headers: Headers) -> Kind:
             f"{reader.where}: no drafter's tensors in this checkpoint (architectures: {named});"
             f" expected one of: {supported}"
         )
-    if family is not None:
+    if found == MTP:
         reader.origins["kind"] = "tensor names and architectures"
-        return family
+        return mtp.find_family(reader, architectures)
     if found not in KINDS:
         raise WrongInput(
             f"{reader.where}: the tensors are those of {found}, which is not converted yet; supported: {supported}"
@@ -90,12 +88,4 @@ def _by_tensors(headers: Iterable[str]) -> str | None:
     return None
 
 
-def _refuse_quantized(reader: ConfigReader) -> None:
-    for path in ("quantization_config", "quantization"):
-        if stated := lookup(reader.raw, path):
-            section = reader.section(path) or {"quant_method": stated}
-            method = section.get("quant_method") or section.get("quant_algo") or f"{section.get('bits')} bits"
-            raise reader.error(path, f"a quantized checkpoint ({method})", "the unquantized one: it is not read yet")
-
-
-__all__ = ["DFLASH", "DFLASH2", "KINDS", "SIGNATURES", "Kind", "detect", "needed", "rules_of"]
+__all__ = ["DFLASH", "DFLASH2", "DSPARK", "KINDS", "SIGNATURES", "Kind", "detect", "needed", "rules_of"]

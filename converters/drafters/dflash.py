@@ -9,19 +9,21 @@ from __future__ import annotations
 from typing import Any
 
 from convert_drafter.converters.config import ConfigReader, lookup
+from convert_drafter.converters.drafters.captures import (
+    read_captures,
+    read_embedding_scale,
+    read_target_depth,
+    read_target_width,
+)
 from convert_drafter.converters.drafters.kind import Headers, Kind
 from convert_drafter.converters.drafters.rope import LAYER_TYPES, read_half_split, read_rope
 from convert_drafter.converters.errors import WrongInput
-from convert_drafter.converters.ops import COPY, PERMUTE_ROPE
+from convert_drafter.converters.ops import ABSOLUTE_IDS, COPY, PERMUTE_ROPE
 from convert_drafter.converters.plan import Dropped, TensorRule
 from convert_drafter.converters.roles import Role
 from convert_drafter.converters.spec import DrafterSpec, SlidingWindow
 from convert_drafter.converters.target import Target
 
-CAPTURES = ("dflash_config.target_layer_ids", "target_layer_ids")
-# The same layers counted as indices of hidden_states, one higher; only ever a cross-check, because some exporters
-# put zero-based ids under these keys too (the Laguna and Nemotron releases carry both lists).
-CAPTURES_PLUS_ONE = ("eagle_aux_hidden_state_layer_ids", "aux_hidden_state_layer_ids")
 BLOCK_SIZES = ("dflash_config.block_size", "block_size", "dflash_config.draft_block_size", "draft_block_size")
 WINDOW_SIZES = ("dflash_config.swa_window_size", "sliding_window")
 CAUSAL = ("is_causal", "dflash_config.causal", "dflash_query_causal", "draft_causal")
@@ -32,6 +34,7 @@ IGNORED = (
     "pard_token", "attention_mode", "name_or_path", "_name_or_path", "pruned_heads",
     "rope_parameters.rope_type", "rope_scaling.rope_type", "rope_parameters.mrope_interleaved", "hidden_dropout",
     "markov_head_type", "enable_confidence_head", "confidence_head_with_markov", "has_lm_head", "train_embed_tokens",
+    "speculators_config", "speculators_model_type", "speculators_version",
     "num_anchors", "max_anchors", "dflash_config.num_anchors", "dflash_config.loss_decay_gamma",
 )  # fmt: skip
 
@@ -68,7 +71,8 @@ def read_block_spec(
         kv_head_count=kv_heads,
         head_dim=head_dim,
         context_length=reader.get("context_length", int, "max_position_embeddings"),
-        vocab_size=read_vocab_size(reader),
+        vocab_size=reader.get("vocab_size", int, "vocab_size"),
+        draft_vocab_size=read_draft_vocab_size(reader),
         norm_epsilon=reader.get("norm_epsilon", float, "rms_norm_eps", "norm_eps"),
         rope=(rope := read_rope(reader, head_dim, types_in_use(reader, layer_types), uses_mrope)),
         block_size=reader.get("block_size", int, *BLOCK_SIZES),
@@ -76,8 +80,8 @@ def read_block_spec(
         capture_layers=captures,
         target_layer_count=read_target_depth(reader, target),
         target_hidden_size=read_target_width(reader, headers, target, len(captures)),
-        causal=read_causal(reader),
-        window=read_window(reader, layer_types, layer_count),
+        causal=read_causal(reader, window := read_window(reader, layer_types, layer_count)),
+        window=window,
         context_theta=read_context_theta(reader, rope.theta),
         attention_value_scale=reader.find(
             "attention_value_scale", float, "dflash_config.attention_value_scale", "attention_value_scale"
@@ -94,12 +98,6 @@ def read_block_spec(
 
 def check_assumptions(reader: ConfigReader) -> None:
     """What the algorithm takes for granted; a config that says otherwise is another kind of model."""
-    if lookup(reader.raw, "transformer_layer_config") is not None:
-        raise reader.error(
-            "transformer_layer_config",
-            "a DFlash drafter in speculators layout",
-            "z-lab's layout: the speculators one is not converted yet (its capture layers are counted differently)",
-        )
     for path in ("hidden_act", "hidden_activation"):
         reader.expect(path, "silu", "DFlash's feed-forward is SwiGLU")
     reader.expect("rope_interleave", False, "interleaved rotary pairs are understood as rope_is_neox_style: false")
@@ -125,10 +123,10 @@ def read_layer_count(reader: ConfigReader, headers: Headers) -> int:
     return count
 
 
-def read_vocab_size(reader: ConfigReader) -> int:
-    size = reader.get("vocab_size", int, "vocab_size")
-    reader.expect("draft_vocab_size", size, "a reduced vocabulary is not converted yet")
-    return size
+def read_draft_vocab_size(reader: ConfigReader) -> int | None:
+    """Rows of the drafter's own head, where it drafts some of the target's tokens only."""
+    size = reader.find("draft_vocab_size", int, "draft_vocab_size")
+    return None if size == reader.get("vocab_size", int, "vocab_size") else size
 
 
 def read_context_theta(reader: ConfigReader, theta: float) -> float | None:
@@ -194,74 +192,22 @@ def read_window(reader: ConfigReader, layer_types: tuple[str, ...], layer_count:
     return None
 
 
-def read_captures(reader: ConfigReader) -> tuple[int, ...]:
-    """Zero-based capture layers in fc's column order; never guessed, never sorted."""
-    captures = reader.find_list("capture_layers", int, *CAPTURES)
-    if captures == ():
-        raise reader.error(reader.origins["capture_layers"], "found an empty list", "zero-based layer ids")
-    origin = reader.origins.get("capture_layers", "")
-    shifted = reader.find_list("capture_layers", int, *CAPTURES_PLUS_ONE)
-    if captures is None:
-        if shifted is not None:
-            found = f"only {reader.origins['capture_layers']} = {list(shifted)}, whose counting differs by exporter"
-            raise reader.error(CAPTURES[0], found, "zero-based layer ids; give them with --set")
-        raise reader.missing("capture layers", "a list of zero-based layer ids", *CAPTURES)
-    if shifted is not None and shifted != tuple(k + 1 for k in captures):
-        found = f"{list(captures)}, but {reader.origins['capture_layers']} = {list(shifted)}"
-        raise reader.error(origin, found, "the second list to be one higher throughout; settle it with --set")
-    reader.origins["capture_layers"] = origin
-    reader.expect("num_aux_layers", len(captures), "it counts the capture layers")
-    return captures
-
-
-def read_causal(reader: ConfigReader) -> bool:
+def read_causal(reader: ConfigReader, window: SlidingWindow | None) -> bool:
+    """Speculators' sliding layers look only backwards unless they say otherwise, which is said of whole blocks."""
+    backwards = reader.find("causal", bool, "sliding_window_non_causal") is False
+    if backwards and window is not None and reader.find("causal", bool, *CAUSAL) is None:
+        if not all(window.layers):
+            found, expected = (
+                "false, but some layers do not slide",
+                "all of them or none to: no runtime has a key for it",
+            )
+            raise reader.error("sliding_window_non_causal", found, f"{expected}; settle it with --set is_causal=VALUE")
+        reader.note("causal", "sliding_window_non_causal")
+        return True
     causal = reader.find("causal", bool, *CAUSAL)
     if causal is None:
         reader.origins["causal"] = "DFlash's definition (no key says otherwise)"
     return bool(causal)
-
-
-def read_target_depth(reader: ConfigReader, target: Target | None) -> int:
-    """The target's layers, not the number of capture layers; config and target have to agree."""
-    paths = ("num_target_layers", "dflash_config.num_target_layers")
-    depth = reader.find("target_layer_count", int, *paths)
-    if target is None:
-        return reader.get("target_layer_count", int, *paths) if depth is None else depth
-    if depth is not None and depth != target.layer_count:
-        expected = f"{target.layer_count}, the layers of the target {target.name}; is it the target of this drafter?"
-        raise reader.error(reader.origins["target_layer_count"], f"found {depth}", expected)
-    if depth is None:
-        reader.origins["target_layer_count"] = f"target {target.name}"
-    return target.layer_count
-
-
-def read_target_width(reader: ConfigReader, headers: Headers, target: Target | None, captures: int) -> int:
-    """Hidden size of the target: its own, else fc's columns over the number of capture layers."""
-    header = headers.get("fc.weight") or headers.get("model.fc.weight")
-    if header is None or len(header.shape) != 2:
-        if target is not None:
-            return target.hidden_size  # the plan names fc.weight together with every other tensor that does not fit
-        raise WrongInput(f"{reader.where}: fc.weight: missing or not a matrix, expected [hidden, captures * hidden]")
-    width, rest = divmod(header.shape[1], captures)
-    if rest or not width:
-        raise reader.error("fc.weight", f"{header.shape[1]} columns", f"a multiple of {captures} capture layers")
-    if target is not None and target.hidden_size != width:
-        found = f"{header.shape[1]} columns = {captures} capture layers * {width}"
-        expected = f"{captures} * {target.hidden_size}, the hidden size of the target {target.name}"
-        raise reader.error("fc.weight", found, expected)
-    for path in ("target_hidden_size", "dflash_config.target_hidden_size"):
-        reader.expect(path, width, "fc.weight's columns / capture layers")
-    reader.origins["target_hidden_size"] = "columns of fc.weight / capture layers"
-    return width
-
-
-def read_embedding_scale(reader: ConfigReader, target: Target | None) -> float | None:
-    """The config's, else the target's: Gemma multiplies its embeddings, and the drafter reads the same table."""
-    scale = reader.find("embedding_scale", float, "dflash_config.input_embedding_scale", "input_embedding_scale")
-    if scale is None and target is not None and target.embedding_scale is not None:
-        reader.origins["embedding_scale"] = f"target {target.name} scales its embeddings"
-        return target.embedding_scale
-    return scale
 
 
 def rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
@@ -271,13 +217,17 @@ def rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
     no_sinks = not reader.find("sinks", bool, "attention_sink_bias", "dflash_config.attention_sink_bias")
     # runtimes take an embedding without a head for both
     own_head = Role.TOKEN_EMBEDDING if reader.find("head", bool, "tie_word_embeddings") is False else None
+    reduced = read_draft_vocab_size(reader) is not None if reader.raw else False
     attention = "layers.{i}.self_attn."
     return (
         TensorRule("fc.weight", Role.FUSION, ("hidden", "features")),
         TensorRule("hidden_norm.weight", Role.FUSION_NORM, ("hidden",)),
         TensorRule("norm.weight", Role.OUTPUT_NORM, ("hidden",)),
         TensorRule("embed_tokens.weight", Role.TOKEN_EMBEDDING, ("vocab", "hidden"), optional=True),
-        TensorRule("lm_head.weight", Role.OUTPUT, ("vocab", "hidden"), optional=True, required_with=own_head),
+        TensorRule(
+            "lm_head.weight", Role.OUTPUT, ("draft_vocab", "hidden"), optional=not reduced, required_with=own_head
+        ),
+        TensorRule("d2t", Role.DRAFT_TO_TARGET, ("draft_vocab",), ABSOLUTE_IDS, optional=not reduced),
         TensorRule("layers.{i}.input_layernorm.weight", Role.ATTN_NORM, ("hidden",)),
         TensorRule(f"{attention}q_proj.weight", Role.ATTN_Q, ("queries", "hidden"), rotary),
         TensorRule(f"{attention}k_proj.weight", Role.ATTN_K, ("keys", "hidden"), rotary),
@@ -300,15 +250,16 @@ def rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
 
 
 def dropped(reader: ConfigReader) -> tuple[Dropped, ...]:
+    inverse = Dropped("t2d", "the mask of d2t's tokens, which no runtime reads")
     if reader.find("own embedding", bool, "has_embed_tokens") is False:
-        return (Dropped("embed_tokens.weight", "has_embed_tokens is false: the target's embedding is used"),)
-    return ()
+        return (inverse, Dropped("embed_tokens.weight", "has_embed_tokens is false: the target's embedding is used"))
+    return (inverse,)
 
 
 DFLASH = Kind(
     name="dflash",
     summary="DFlash: one pass denoises a block of tokens over the target's hidden states",
-    architectures=("DFlashDraftModel", "DflashDraftModel", "Qwen3DSparkModel"),
+    architectures=("DFlashDraftModel", "DflashDraftModel", "DFlashSpeculator", "Qwen3DSparkModel"),
     read_spec=read_spec,
     rules=rules,
     dropped=dropped,

@@ -22,7 +22,7 @@ from convert_drafter.converters.target import Target
 
 HEAD = re.compile(r"mtp\.")
 LAYER = re.compile(r"mtp\.layers\.(\d{1,9})\.")
-SHARED = ("embed_tokens.weight", "norm.weight", "lm_head.weight")  # of the target, and in the head's own file
+SHARED = re.compile(r"(embed_tokens|norm|lm_head)\.")  # of the target, and in the head's own file
 COUNT = "mtp_num_hidden_layers"
 LAYER_TYPES = ("linear_attention", "full_attention")
 
@@ -55,7 +55,7 @@ def needed(names: Collection[str]) -> Collection[str]:
     plain = {name: plain_name(name) for name in names}
     if not any(HEAD.match(name) for name in plain.values()):
         return names
-    return [name for name, short in plain.items() if HEAD.match(short) or short in SHARED]
+    return [name for name, short in plain.items() if HEAD.match(short) or SHARED.match(short)]
 
 
 def declared(reader: ConfigReader) -> int | None:

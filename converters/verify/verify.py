@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 
-from convert_drafter.converters.convert import refuse_overwriting
+from convert_drafter.converters.destination import refuse_overwriting
 from convert_drafter.converters.doctor import STRUCTURE, doctor
 from convert_drafter.converters.drafter_file import read_drafter_file
 from convert_drafter.converters.errors import DrafterError, MissingEngine, WrongInput, WrongUsage

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from convert_drafter.converters.convert import refuse_overwriting
+from convert_drafter.converters.destination import refuse_overwriting
 from convert_drafter.converters.drafter_file import SETTABLE, cell_of_file
 from convert_drafter.converters.errors import WrongUsage
 from convert_drafter.converters.gguf_file import KeyValue

@@ -138,7 +138,9 @@ def blocks_at_once(drafter: DFlash, context: Context, text: Text, anchors: range
     visible = torch.cat([context_at < mine[:, None], sees_block], dim=-1)
     hidden = drafter(embedding[tokens.flatten()].to(drafter.fc.weight.dtype), at, context, context_at, visible)
     hidden = hidden.unflatten(0, (len(anchors), size))[:, 1:]
-    logits: Tensor = drafter.logits(hidden.flatten(0, 1), head).float().unflatten(0, (len(anchors), count))
+    logits: Tensor = (
+        drafter.spread(drafter.logits(hidden.flatten(0, 1), head)).float().unflatten(0, (len(anchors), count))
+    )
     return logits
 
 

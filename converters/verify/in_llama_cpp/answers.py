@@ -158,15 +158,15 @@ def run_prompts(
     threads: int | None = None,
     on_progress: Watch = quiet,
     limits: Limits = LIMITS,
-    spec_type: str = DFLASH,
+    draft_type: str = DFLASH,
 ) -> EngineRun:
-    """Start the engine, answer every prompt, stop it. Give the drafter's own draft length and how it is run.
+    """Start the engine, answer every prompt, stop it. Give the drafter's own draft length and its cell's draft type.
 
     Raises `MissingEngine` for one too old, `WrongInput` for prompts it cannot take, `EngineFailure` where it crashes,
     hangs or answers nonsense.
     """
     context = context_for(prompts, new_tokens, draft_length or 0) if prompts else ROUND_CONTEXT
-    setup = Setup(target, context, drafter, draft_length, threads, spec_type)
+    setup = Setup(target, context, drafter, draft_length, threads, draft_type)
     with serving(engine, setup, on_progress, limits) as server:
         return answer_all(server, prompts, new_tokens, on_progress)
 

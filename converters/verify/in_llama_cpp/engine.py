@@ -28,7 +28,7 @@ from convert_drafter.converters.verify.in_llama_cpp.answers import (
 )
 from convert_drafter.converters.verify.in_llama_cpp.probe import Engine, find_server
 from convert_drafter.converters.verify.in_llama_cpp.process import EngineFailure
-from convert_drafter.converters.verify.in_llama_cpp.serving import SPEC_TYPES, Setup, require_drafting, serving
+from convert_drafter.converters.verify.in_llama_cpp.serving import Setup, require_drafting, serving
 from convert_drafter.converters.verify.in_llama_cpp.tokens import ServerTokenizer, logit_gap
 from convert_drafter.converters.verify.job import MEASURED, STEP_SLACK, EngineAnswer, VerifyJob
 from convert_drafter.converters.verify.measured import Loss, Measured, SweepPoint, Watch
@@ -76,18 +76,19 @@ def run_llama_cpp(job: VerifyJob, before: Sequence[Gate], watch: Watch) -> Engin
     """
     target = job.gguf
     assert target is not None  # job.engines has seen to it
-    engine = ready(job)
     drafter = read_drafter_file(job.file, target=read_target(target))
+    engine = find_server(job.server)
     if drafter.cell.runtime != "llama.cpp":
         raise MissingEngine(
             f"{job.file}: a file for {drafter.cell.runtime}, which llama-server does not load: verify it in torch"
             " (--target with the target's folder), or `redialect` it"
         )
+    require_drafting(engine, drafter.cell.draft_type)
     asked = _asked(job, engine, target, drafter.spec, watch)
     alone = run_prompts(engine, target, asked.tokens, job.new_tokens, threads=job.threads, on_progress=watch)
     settings = _settings(asked, alone)
     try:
-        file = _drafting(job, engine, asked, job.file, drafter.spec, watch)
+        file = _drafting(job, engine, asked, job.file, drafter, watch)
     except EngineFailure as failure:
         if failure.exit_code != 1:
             raise
@@ -109,18 +110,18 @@ def _asked(job: VerifyJob, engine: Engine, target: Path, spec: DrafterSpec, watc
 
 
 def _drafting(
-    job: VerifyJob, engine: Engine, asked: Asked, drafter: Path, spec: DrafterSpec, watch: Watch
+    job: VerifyJob, engine: Engine, asked: Asked, path: Path, drafter: DrafterFile, watch: Watch
 ) -> EngineRun:
     assert job.gguf is not None
-    spec_type, length = SPEC_TYPES[spec.kind], spec.draft_length
-    require_drafting(engine, spec_type)
-    asking = (asked.tokens, job.new_tokens, drafter, length, job.threads, watch)
-    return run_prompts(engine, job.gguf, *asking, spec_type=spec_type)
+    length, how = drafter.spec.draft_length, drafter.cell.draft_type
+    require_drafting(engine, how)
+    count = job.new_tokens
+    return run_prompts(engine, job.gguf, asked.tokens, count, path, length, job.threads, watch, draft_type=how)
 
 
 def _drafting_original(job: VerifyJob, engine: Engine, asked: Asked, original: Path, watch: Watch) -> EngineRun:
     try:
-        return _drafting(job, engine, asked, original, read_drafter_file(original).spec, watch)
+        return _drafting(job, engine, asked, original, read_drafter_file(original), watch)
     except EngineFailure as failure:  # says nothing of the file
         raise WrongInput(f"{job.source}: the original itself does not run there: {failure}") from failure
 

@@ -19,8 +19,7 @@ from convert_drafter.converters.verify.in_llama_cpp.probe import INSTALL, Engine
 from convert_drafter.converters.verify.in_llama_cpp.process import Child, EngineFailure, child, ending
 from convert_drafter.converters.verify.measured import Watch
 
-DFLASH, MTP = "draft-dflash", "draft-mtp"
-SPEC_TYPES = {"dflash": DFLASH, "dflash2": DFLASH, "mtp-qwen35": MTP}  # by drafter kind
+DFLASH = "draft-dflash"
 DEFAULT_DRAFT_LENGTH = 3  # llama-server's own
 PORTS_TO_TRY = 5
 TRACE = "4"  # prints how long drafting took

@@ -21,7 +21,7 @@ from convert_drafter.converters.spec import DrafterSpec
 from convert_drafter.converters.target import Target
 from convert_drafter.converters.verify.in_torch.reference.dflash import DFlash
 from convert_drafter.converters.verify.in_torch.reference.mtp import Mtp
-from convert_drafter.quant import TYPES, dequantize
+from convert_drafter.quant import STORED, dequantize
 
 Weights = dict[TensorKey, NDArray[np.float32]]
 
@@ -34,7 +34,7 @@ def checkpoint_weights(published: Published) -> Weights:
     out = {}
     for key, match in matcher.matches.items():
         rows = read_rows(match.header, 0, match.header.rows)
-        out[key] = match.rule.op.apply(rows, published.spec.head_dim).astype(np.float32)
+        out[key] = match.rule.op.apply(rows, published.spec.head_dim, 0).astype(np.float32)
     return out
 
 
@@ -54,7 +54,7 @@ def file_weights(file: DrafterFile) -> Weights:
     if file.problems:
         raise Problems(str(file.file.path), file.problems)
     return {
-        key: dequantize(file.file.tensor_bytes(stored.name), TYPES[stored.type.name], stored.shape)
+        key: dequantize(file.file.tensor_bytes(stored.name), STORED[stored.type.name], stored.shape)
         for key, stored in file.tensors.items()
     }
 
@@ -66,8 +66,7 @@ def parameter_names(spec: DrafterSpec) -> dict[TensorKey, str]:
 
 
 REFERENCES: dict[str, Callable[[DrafterSpec, Collection[Role]], nn.Module]] = {
-    "dflash": DFlash,
-    "dflash2": DFlash,
+    **dict.fromkeys(("dflash", "dflash2", "dspark"), DFlash),
     "mtp-qwen35": Mtp,
 }
 

@@ -21,8 +21,10 @@ from convert_drafter.converters.roles import Role
 from convert_drafter.converters.spec import DrafterSpec
 from convert_drafter.converters.verify.in_torch.reference.dflash2 import CandidateSelector, Convolution
 from convert_drafter.converters.verify.in_torch.reference.drafter import Drafted, Tables
+from convert_drafter.converters.verify.in_torch.reference.dspark import ConfidenceHead, MarkovHead
 from convert_drafter.converters.verify.in_torch.reference.rope import rotate
 
+NEVER = -1e30  # the logit of a token that is not in a reduced vocabulary; finite, so that a difference is a number
 HEAD_ROWS = 2**15  # a head in fewer bits is widened piece by piece: whole, it takes gigabytes
 Context = list[tuple[Tensor, Tensor]]  # per layer: keys, turned by their positions, and values, both (..., m, T, d)
 
@@ -150,10 +152,16 @@ class DFlash(nn.Module):
         self.layers = nn.ModuleList(Layer(spec, i, roles) for i in range(spec.layer_count))
         self.norm = RMSNorm(hidden, spec.norm_epsilon)
         self.embed_tokens = nn.Embedding(spec.vocab_size, hidden) if Role.TOKEN_EMBEDDING in roles else None
-        self.lm_head = nn.Linear(hidden, spec.vocab_size, bias=False) if Role.OUTPUT in roles else None
+        rows = spec.draft_vocab_size or spec.vocab_size
+        self.lm_head = nn.Linear(hidden, rows, bias=False) if Role.OUTPUT in roles else None
+        self.d2t = nn.Parameter(torch.zeros(rows)) if Role.DRAFT_TO_TARGET in roles else None
         selector = spec.selector
         self.candidate_selector = None if selector is None else CandidateSelector(selector, hidden, spec.vocab_size)
-        self.depends = selector is not None
+        rank = spec.markov_rank
+        self.markov_head = None if rank is None else MarkovHead(rank, spec.vocab_size, rows)
+        if rank is not None and spec.confidence_head:
+            self.confidence_head = ConfidenceHead(hidden + rank, Role.CONFIDENCE_BIAS in roles)
+        self.depends = selector is not None or rank is not None
 
     def fuse(self, captured: Tensor) -> Tensor:
         """Captured states side by side in capture order -> context features: (..., T, K * H) -> (..., T, H)."""
@@ -186,11 +194,18 @@ class DFlash(nn.Module):
         return embedding, head if self.lm_head is None else self.lm_head.weight
 
     def logits(self, hidden: Tensor, head: Tensor) -> Tensor:
-        """Final hidden states (..., Q, H) over `head` (vocab, H) -> (..., Q, vocab); scaled, then capped."""
+        """Final hidden states (..., Q, H) over `head` (rows, H) -> (..., Q, rows); scaled, then capped."""
         out = torch.cat([hidden @ rows.to(hidden.dtype).T for rows in head.split(HEAD_ROWS)], dim=-1)
         out = out if self.spec.logit_scale is None else out * self.spec.logit_scale
         cap = self.spec.logit_softcap
         return out if cap is None else torch.tanh(out / cap) * cap
+
+    def spread(self, logits: Tensor) -> Tensor:
+        """Logits over the drafter's own rows (..., rows) -> over the target's vocabulary (..., V)."""
+        if self.d2t is None:
+            return logits
+        whole = logits.new_full((*logits.shape[:-1], self.spec.vocab_size), NEVER)
+        return whole.index_copy(-1, self.d2t.long(), logits)
 
     # --- ReferenceDrafter ---
 
@@ -210,18 +225,27 @@ class DFlash(nn.Module):
     def draft(
         self, context: Context, anchor: int, count: int, tables: Tables, follow: Sequence[int] | None = None
     ) -> Drafted:
-        """The anchor and `count` mask tokens in one block; `context` holds keys and values of positions 0..T-1."""
+        """The anchor and mask tokens in one block; `context` holds keys and values of positions 0..T-1."""
         start, device = context[0][0].shape[-2], tables.embedding.device
         embedding, head = self.tables(*tables)
-        tokens = torch.tensor([anchor] + [self.spec.mask_token_id] * count, device=device)
-        at, context_at = torch.arange(start, start + count + 1, device=device), torch.arange(start, device=device)
-        visible = block_visibility(count + 1, start, self.spec.causal).to(device)
+        size = count if self.spec.sample_from_anchor else count + 1
+        tokens = torch.tensor([anchor] + [self.spec.mask_token_id] * (size - 1), device=device)
+        at, context_at = torch.arange(start, start + size, device=device), torch.arange(start, device=device)
+        visible = block_visibility(size, start, self.spec.causal).to(device)
         x = embedding[tokens].to(self.fc.weight.dtype)
-        hidden = self(x, at, context, context_at, visible)[1:]
-        logits = self.logits(hidden, head)
-        if self.candidate_selector is None:
-            return Drafted(logits.argmax(-1), logits)
-        chosen: Drafted = self.candidate_selector(hidden, logits, anchor, follow)
+        hidden = self(x, at, context, context_at, visible)[size - count :]
+        return self.choose(hidden, self.logits(hidden, head), anchor, follow)
+
+    def choose(self, hidden: Tensor, logits: Tensor, anchor: int, follow: Sequence[int] | None) -> Drafted:
+        """Drafts of final states (count, H) and their logits (count, rows), as the drafter's kind chooses them."""
+        chosen: Drafted
+        if self.markov_head is not None:
+            chosen = self.markov_head(logits, anchor, follow, self.spread)
+        elif self.candidate_selector is not None:
+            chosen = self.candidate_selector(hidden, self.spread(logits), anchor, follow)
+        else:
+            logits = self.spread(logits)
+            chosen = Drafted(logits.argmax(-1), logits)
         return chosen
 
 

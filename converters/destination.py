@@ -1,0 +1,38 @@
+"""Where a file may be written: under no name that is one of its sources."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from convert_drafter.converters.checkpoint import Checkpoint
+from convert_drafter.converters.errors import WrongInput, WrongUsage
+from convert_drafter.converters.gguf_file import partial_name
+
+OURS = (".gguf", ".partial")
+
+
+def sources_of(checkpoint: Checkpoint, target: Path | None) -> tuple[Path, ...]:
+    """Every file a conversion may read: weights, config, index, tokenizer, target. Old GGUFs may be replaced."""
+    folders = {checkpoint.root, *(file.parent for file in checkpoint.files)}
+    if target is not None and target.is_dir():
+        folders.add(target)
+    beside = (path for folder in folders for path in folder.iterdir() if path.suffix not in OURS and path.is_file())
+    return (*checkpoint.files, *([target] if target is not None and not target.is_dir() else []), *beside)
+
+
+def refuse_overwriting(out: Path, sources: Iterable[Path]) -> None:
+    """A destination that is one of the sources, under whatever name or link, is refused (T-24)."""
+    if out.is_dir():
+        raise WrongUsage(f"{out}: is a folder, expected a file name ending in .gguf")
+    if out.exists() and not out.is_file():
+        raise WrongUsage(f"{out}: is a device or a pipe, expected a file name ending in .gguf")
+    if not out.parent.is_dir():
+        raise WrongInput(f"{out}: there is no folder {out.parent}; make it first")
+    taken = [path for path in (out, partial_name(out)) if path.exists()]
+    for source in sources if taken else ():
+        inside = source.is_dir() and any(path.resolve().is_relative_to(source.resolve()) for path in taken)
+        if inside or any(path.samefile(source) for path in taken):
+            raise WrongUsage(f"{out}: is the same file as the source {source}; choose another output")
+    if out.is_symlink():  # renaming onto it would replace the link and leave what it points to as it was
+        raise WrongUsage(f"{out}: is a link to {out.readlink()}, expected the name of the file itself")
