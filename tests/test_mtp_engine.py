@@ -1,0 +1,251 @@
+"""MTP heads in the real llama.cpp: the same files as its own converter's, the same drafts as the reference's."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import make_mtp
+import numpy as np
+import pytest
+from llama_server import llama_server
+from llama_source import run_converter
+from mtp_checkpoints import job, small
+from published import FIXTURES
+from test_against_llama_cpp import differences, facts_of_file, listed_for, verdict
+from test_quantize_engine import assert_same_file, llama_quantize
+
+from convert_drafter.converters import QuantizeJob, convert, quantize
+from convert_drafter.converters.attach import prepare_attach
+from convert_drafter.converters.convert import write_conversion
+from convert_drafter.converters.gguf_file import write_gguf
+from convert_drafter.converters.gguf_read import read_gguf
+
+pytestmark = pytest.mark.engine
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from convert_drafter.converters.verify.in_torch.target import TorchTarget  # noqa: E402
+from convert_drafter.converters.verify.in_torch.text import FINAL  # noqa: E402
+from convert_drafter.converters.verify.in_torch.weights import gguf_weights, reference  # noqa: E402
+
+GOLDEN = FIXTURES / "dialects" / "llama.cpp-mtp-differences.json"
+RECORDED = json.loads((make_mtp.TRAINED.parent / "acceptance.json").read_text())
+PROMPTS = [json.loads(line)["tokens"] for line in make_mtp.PROMPTS.read_text().splitlines()]
+NEW_TOKENS = 128
+RECIPES = ("F32", "F16", "BF16", "Q8_0")
+SOURCES = ("trained", "small")
+TRACED = re.compile(r"draft candidate +0, pos +(\d+): +(\d+) ")  # what llama-server drafts, as its trace has it
+DRAFTING = [
+    *("--spec-type", "draft-mtp", "--spec-draft-n-max", "3", "--spec-draft-p-min", "0"),
+    *("--spec-draft-type-k", "f32", "--spec-draft-type-v", "f32", "-ctk", "f32", "-ctv", "f32"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("mtp")
+
+
+@pytest.fixture(scope="module")
+def sources(folder: Path) -> dict[str, Path]:
+    return {"trained": make_mtp.trained(folder / "trained"), "small": small(folder / "small")}
+
+
+@pytest.fixture(scope="module")
+def theirs(folder: Path, sources: dict[str, Path]) -> Path:
+    """llama.cpp's files: heads alone, trunks alone, both together. A process for each, as its flags stay set."""
+    out = folder / "llama.cpp"
+    out.mkdir()
+    for flag in ("--mtp", "--no-mtp", ""):
+        recipes = RECIPES if flag == "--mtp" else RECIPES[:1]
+        runs = [(name, path, recipe) for name, path in sources.items() for recipe in recipes]
+        jobs = [
+            [str(path), *filter(None, [flag]), "--outtype", recipe.lower(), "--outfile", str(out / file)]
+            for name, path, recipe in runs
+            for file in [f"{name}{flag}-{recipe}.gguf"]
+        ]
+        run_converter(jobs, folder / f"converter{flag}.log")
+    return out
+
+
+def listed(name: str, mode: str) -> dict[str, tuple[str | None, str | None]]:
+    entries: list[dict[str, Any]] = json.loads(GOLDEN.read_text())["differences"]
+    return listed_for(f"{name} {mode}", entries)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_head_s_file_is_llama_cpp_s_or_the_difference_is_listed(
+    name: str, recipe: str, sources: dict[str, Path], theirs: Path, tmp_path: Path
+) -> None:
+    """Key by key, tensor by tensor, byte by byte; each difference has its reason in the golden list."""
+    out = tmp_path / "ours.gguf"
+    convert(job(sources[name], out, recipe=recipe))
+    found = differences(*(facts_of_file(read_gguf(f)) for f in (out, theirs / f"{name}--mtp-{recipe}.gguf")))
+    assert not list(verdict(found, listed(name, "alone")))
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_an_attached_head_is_llama_cpp_s_whole_file(
+    name: str, sources: dict[str, Path], theirs: Path, tmp_path: Path
+) -> None:
+    """Its trunk with our head is its conversion of both."""
+    out = tmp_path / "attached.gguf"
+    write_conversion(prepare_attach(job(sources[name], out, attach=theirs / f"{name}--no-mtp-F32.gguf")))
+    found = differences(*(facts_of_file(read_gguf(f)) for f in (out, theirs / f"{name}-F32.gguf")))
+    assert not list(verdict(found, listed(name, "attached")))
+
+
+@pytest.mark.parametrize("recipe", ["Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "IQ4_XS"])
+def test_a_quantized_head_is_llama_quantize_s(sources: dict[str, Path], tmp_path: Path, recipe: str) -> None:
+    """In one pass from the checkpoint and from the BF16 file; the target's depth counts in the mixture."""
+    plain, ours, once = (tmp_path / f"{name}.gguf" for name in ("plain", "ours", "once"))
+    convert(job(sources["trained"], plain, recipe="BF16"))
+    theirs = llama_quantize(plain, tmp_path / "theirs.gguf", recipe)
+    quantize(QuantizeJob(plain, ours, recipe))
+    assert_same_file(read_gguf(ours), theirs)
+    convert(job(sources["trained"], once, recipe=recipe))
+    assert_same_file(read_gguf(once), theirs)
+
+
+def test_the_golden_list_gives_reasons() -> None:
+    for entry in json.loads(GOLDEN.read_text())["differences"]:
+        assert entry["names"] and entry["reason"].strip(), entry
+
+
+# --- the same drafts ---
+
+
+@pytest.fixture(scope="module")
+def head(folder: Path, sources: dict[str, Path]) -> Path:
+    out = folder / "head.gguf"
+    convert(job(sources["trained"], out))
+    return out
+
+
+Answers = list[tuple[list[int], list[list[int]]]]  # of each prompt: its text, the drafts of each step
+
+
+def ask(model: Path, log: Path, *options: str, prompts: Sequence[list[int]] = PROMPTS) -> Answers:
+    """Texts and drafts as llama-server has them; without options the target alone."""
+    answers: Answers = []
+    with llama_server(model, *(("-lv", "5", *options) if options else ()), log=log) as server:
+        for prompt in prompts:
+            start = log.stat().st_size
+            tokens = server.complete(prompt, NEW_TOKENS)["tokens"]
+            steps: list[list[int]] = []
+            for place, token in TRACED.findall(log.read_bytes()[start:].decode(errors="replace")):
+                if place == "0":
+                    steps.append([])
+                steps[-1].append(int(token))
+            answers.append((tokens, steps))
+    return answers
+
+
+def walk(text: Sequence[int], first: int, steps: list[list[int]]) -> Iterator[tuple[int, list[int], int]]:
+    """Each step's place in the text, its drafts, and how many are right."""
+    position = first
+    for drafts in steps:
+        if position >= len(text):
+            return
+        following = text[position + 1 :]
+        right = next((i for i, (a, b) in enumerate(zip(drafts, following, strict=False)) if a != b), len(drafts))
+        yield position, drafts, right
+        position += right + 1
+
+
+@pytest.fixture(scope="module")
+def alone(theirs: Path, folder: Path) -> Answers:
+    return ask(theirs / "trained--no-mtp-F32.gguf", folder / "alone.log")
+
+
+@pytest.fixture(scope="module")
+def separate(theirs: Path, folder: Path, head: Path) -> Answers:
+    return ask(theirs / "trained--no-mtp-F32.gguf", folder / "separate.log", "-md", str(head), *DRAFTING)
+
+
+def same_drafts(folder: Path, head: Path, prompts: Sequence[list[int]], answers: Answers) -> tuple[int, int]:
+    """(drafts that the reference drafts as well after the same drafts before them, all drafts)"""
+    torch.set_num_threads(1)
+    target, drafter = TorchTarget(folder), reference(*gguf_weights(head))
+    same = drafted = 0
+    for prompt, (tokens, steps) in zip(prompts, answers, strict=True):
+        text = [*prompt, *tokens]
+        states = target.write(text, 1, [FINAL])[1][FINAL]
+        context = drafter.read(None, states, text, target.tables)
+        for position, drafts, _ in walk(text, len(prompt), steps):
+            until = drafter.until(context, position)
+            ours = drafter.draft(until, text[position], len(drafts), target.tables, drafts).tokens.tolist()
+            same += sum(a == b for a, b in zip(ours, drafts, strict=True))
+            drafted += len(drafts)
+    return same, drafted
+
+
+def test_drafts_are_the_reference_s(sources: dict[str, Path], head: Path, separate: Answers) -> None:
+    """At F32 at least 99 of 100 drafts."""
+    same, drafted = same_drafts(sources["trained"], head, PROMPTS, separate)
+    assert drafted > 1500 and same >= 0.99 * drafted, (same, drafted)
+
+
+def test_drafts_of_any_other_shape_are_the_reference_s(sources: dict[str, Path], theirs: Path, folder: Path) -> None:
+    """Partly rotated heads, an output head, three linear layers of four; of random weights, which nobody accepts."""
+    out, prompts = folder / "small.gguf", PROMPTS[:3]
+    convert(job(sources["small"], out))
+    options = ("-md", str(out), *DRAFTING)
+    answers = ask(theirs / "small--no-mtp-F32.gguf", folder / "small.log", *options, prompts=prompts)
+    same, drafted = same_drafts(sources["small"], out, prompts, answers)
+    assert drafted > 500 and same >= 0.99 * drafted, (same, drafted)
+
+
+def test_texts_are_the_target_s_own_and_drafts_are_accepted_as_recorded(alone: Answers, separate: Answers) -> None:
+    """T-50."""
+    assert [text for text, _ in separate] == [text for text, _ in alone]
+    assert acceptance_length(separate) == pytest.approx(RECORDED["acceptance_length"], rel=0.03)
+
+
+def acceptance_length(answers: Answers) -> float:
+    pairs = zip(PROMPTS, answers, strict=False)
+    rights = [right for p, (t, s) in pairs for _, _, right in walk([*p, *t], len(p), s)]
+    return 1 + sum(rights) / len(rights)
+
+
+def test_an_attached_head_drafts_the_same(
+    sources: dict[str, Path], theirs: Path, folder: Path, separate: Answers
+) -> None:
+    """One file, no -md: llama-server takes the head out of the target itself."""
+    out = folder / "attached.gguf"
+    write_conversion(prepare_attach(job(sources["trained"], out, attach=theirs / "trained--no-mtp-F32.gguf")))
+    assert ask(out, folder / "attached.log", *DRAFTING, prompts=PROMPTS[:4]) == separate[:4]
+
+
+def test_norms_without_the_one_cost_drafts_and_never_the_text(
+    theirs: Path, folder: Path, head: Path, alone: Answers
+) -> None:
+    """P-42 in the real engine."""
+    file, out = read_gguf(head), folder / "norms.gguf"
+
+    def data(tensor: Any) -> Any:
+        values = file.tensor_bytes(tensor.name).view("<f4")
+        return [values - np.float32(1) if tensor.name.endswith("norm.weight") else values]
+
+    write_gguf(out, list(file.keys.values()), list(file.tensors.values()), data)
+    options = ("-md", str(out), *DRAFTING)
+    answers = ask(theirs / "trained--no-mtp-F32.gguf", folder / "norms.log", *options, prompts=PROMPTS[:4])
+    assert [text for text, _ in answers] == [text for text, _ in alone[:4]]
+    assert acceptance_length(answers) < 1.3
+
+
+def test_a_count_without_the_head_does_not_load(theirs: Path, folder: Path) -> None:
+    """A5-2: the file that a converter makes of a checkpoint saved without its head."""
+    file, out = read_gguf(theirs / "trained-F32.gguf"), folder / "declared.gguf"
+    kept = [tensor for tensor in file.tensors.values() if not tensor.name.startswith("blk.7.")]
+    write_gguf(out, list(file.keys.values()), kept, lambda tensor: file.slabs(tensor.name))
+    with (
+        pytest.raises(AssertionError, match=r"tensor 'blk\.7\.attn_norm\.weight' not found"),
+        llama_server(out, *DRAFTING, log=folder / "declared.log"),
+    ):
+        raise RuntimeError("it came up")
