@@ -22,6 +22,7 @@ from convert_drafter.converters.dialects import Cell, doubts, find_cell, objecti
 from convert_drafter.converters.drafters import Kind, detect, needed
 from convert_drafter.converters.encoding import SLAB_WEIGHTS, Encoder, Tally, cores
 from convert_drafter.converters.errors import BadFact, Problems, WrongInput, WrongUsage
+from convert_drafter.converters.experts import stack_experts
 from convert_drafter.converters.gguf_file import KeyValue, StoredTensor, write_gguf
 from convert_drafter.converters.gguf_read import GGUFFile
 from convert_drafter.converters.importance import Importance, read_importance, without_entry
@@ -126,7 +127,7 @@ def read_published(
     """Open a checkpoint and read every fact. Raises `WrongInput` naming file and key."""
     checkpoint = open_checkpoint(source, needed)
     reader = ConfigReader(checkpoint.config, str(checkpoint.config_path), settings)
-    checkpoint = expand(checkpoint, reader)
+    checkpoint = stack_experts(expand(checkpoint, reader))
     kind = detect(reader, checkpoint.tensors)
     if target_path is None and kind.in_target:
         target_path = checkpoint.root

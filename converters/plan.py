@@ -38,6 +38,8 @@ DIMENSIONS: dict[str, Callable[[DrafterSpec], int]] = {
     "head_dim": lambda s: s.head_dim,
     "queries": lambda s: s.head_count * s.head_dim,
     "keys": lambda s: s.kv_head_count * s.head_dim,
+    "experts": lambda s: _part(s.experts).count,
+    "shared_feed_forward": lambda s: _part(s.experts).shared_feed_forward_size,
     "queries and gates": lambda s: 2 * s.head_count * s.head_dim,
     "embedding and state": lambda s: 2 * s.hidden_size,
     "feed_forward": lambda s: s.feed_forward_size,
@@ -285,7 +287,8 @@ def _choose(
         for match in weights
     ]
     spec = matcher.spec
-    facts = Facts(spec.kind, spec.layers.stop, 0, spec.head_count, spec.kv_head_count)  # no drafter has experts
+    experts = 0 if spec.experts is None else spec.experts.count
+    facts = Facts(spec.kind, spec.layers.stop, experts, spec.head_count, spec.kv_head_count)
     try:
         chosen = iter(choose_types(recipe, candidates, facts, options))
         return [Choice(I64, "token ids: I64") if match.rule.op.ids else next(chosen) for match in matches]

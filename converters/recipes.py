@@ -60,6 +60,7 @@ F32_IN_DRAFTERS = (
     Named("norm", ("*norm.weight",), why="the GPU kernels of all runtimes assert F32, and it is a few kilobytes"),
     Named("base of a convolution", ("*_conv_base",), why="added to every output; llama.cpp's converter writes F32"),
     Named("scalar per head", ("*attn_sinks.weight",), why="one number a head; the kernels assert F32"),
+    Named("router", ("*ffn_gate_inp*",), why="it chooses experts; llama.cpp's converter writes F32"),
     Named("one confidence per token", ("conf_proj.*",), why="decides how many tokens are drafted; a single row"),
 )
 ALWAYS_F32 = {role: named.what for role in Role for named in F32_IN_DRAFTERS if named.holds(role.value)}

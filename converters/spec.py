@@ -114,6 +114,22 @@ class LinearAttention:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A mixture in place of a feed-forward: `used` of `count` experts for a token, and one that is always used.
+
+    An expert's own width is the drafter's `feed_forward_size`.
+    """
+
+    count: int
+    used: int
+    shared_feed_forward_size: int
+
+    def __post_init__(self) -> None:
+        if self.used > self.count:
+            raise BadFact("experts.used", self.used, f"at most the {self.count} experts there are")
+
+
+@dataclass(frozen=True)
 class DrafterSpec:
     """Every fact about one drafter. None says "this drafter has none"; OF_KIND lists what a kind cannot be without.
 
@@ -150,6 +166,7 @@ class DrafterSpec:
     sample_from_anchor: bool | None = None  # the anchor's own place drafts the first token
     draft_vocab_size: int | None = None  # rows of the drafter's own head, where they are not the target's
     linear_attention: LinearAttention | None = None
+    experts: Experts | None = None
 
     @property
     def first_layer(self) -> int:
@@ -217,6 +234,7 @@ _POSITIVE = (
     "markov_rank", "draft_vocab_size",
     "linear_attention.kernel_size", "linear_attention.key_head_dim", "linear_attention.key_head_count",
     "linear_attention.value_head_count", "linear_attention.value_head_dim",
+    "experts.count", "experts.used", "experts.shared_feed_forward_size",
     # a zero in these keys means "none" to llama.cpp, and would mean something else here
     "attention_value_scale", "embedding_scale", "logit_scale", "logit_softcap",
 )  # fmt: skip
@@ -226,13 +244,15 @@ _LINEAR = frozenset(
     f"linear_attention.{name}"
     for name in ("kernel_size", "key_head_dim", "key_head_count", "value_head_count", "value_head_dim", "layers")
 )
+_EXPERTS = ("experts.count", "experts.used", "experts.shared_feed_forward_size")
 OF_KIND: dict[str, frozenset[str]] = {
     "dflash": _BLOCK,
     "dflash2": _BLOCK | {"convolution.kernel_size", "convolution.group_size", "selector.rank", "selector.top_k"},
     "dspark": _BLOCK | {"markov_rank", "confidence_head", "sample_from_anchor"},
     "mtp-qwen35": _LINEAR | {"rope.sections"},
+    "mtp-qwen35moe": _LINEAR | {"rope.sections", *_EXPERTS},
 }
-HEADS = frozenset({"mtp-qwen35"})  # kinds whose layers are further layers of their target
+HEADS = frozenset({"mtp-qwen35", "mtp-qwen35moe"})  # kinds whose layers are further layers of their target
 
 
 # --- the spec as a flat table of facts: what dialects, inspect and doctor work on ---
@@ -244,6 +264,7 @@ _NESTED: dict[str, type] = {
     "convolution": Convolution,
     "selector": Selector,
     "linear_attention": LinearAttention,
+    "experts": Experts,
 }
 
 

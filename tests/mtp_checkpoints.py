@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import make_mtp
+import numpy as np
 from published import DELETE, changed
 from safetensors.numpy import load_file, save_file
 
@@ -38,6 +39,41 @@ SMALL = {
 def small(folder: Path, prefix: str = "model.", shards: int = 1, **changes: Any) -> Path:
     """A target in which every width is another one, partly rotated, with an output head of its own."""
     return make_mtp.random(folder, prefix, shards, **{**SMALL, **changes})
+
+
+MIXTURE = {
+    "architectures": ["Qwen3_5MoeForCausalLM"],
+    "model_type": "qwen3_5_moe_text",
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 64,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.001,
+}
+
+
+def mixture(folder: Path, **changes: Any) -> Path:
+    """A target whose layers choose 3 of 8 experts."""
+    made = make_mtp.random(folder, **{**SMALL, **MIXTURE, **changes})
+    return reconfigure(made, intermediate_size=DELETE)
+
+
+def part_experts(folder: Path) -> Path:
+    """The same checkpoint with a tensor for each expert."""
+    path, found = folder / "model.safetensors", {}
+    for name, tensor in load_file(path).items():
+        if name.endswith("experts.gate_up_proj"):
+            for i, both in enumerate(tensor):
+                gate, up = np.split(both, 2)
+                found[f"{name[:-12]}{i}.gate_proj.weight"] = gate.copy()
+                found[f"{name[:-12]}{i}.up_proj.weight"] = up.copy()
+        elif name.endswith("experts.down_proj"):
+            found |= {f"{name[:-9]}{i}.down_proj.weight": down.copy() for i, down in enumerate(tensor)}
+        else:
+            found[name] = tensor
+    save_file(found, path)
+    return folder
 
 
 def reconfigure(folder: Path, **changes: Any) -> Path:
@@ -81,4 +117,4 @@ def planned(source: Path, **options: Any) -> Conversion:
     return prepare(job(source, source.parent / "out.gguf", **options))
 
 
-__all__ = ["DELETE", "as_multimodal", "job", "planned", "reconfigure", "small", "without"]
+__all__ = ["DELETE", "as_multimodal", "job", "mixture", "part_experts", "planned", "reconfigure", "small", "without"]

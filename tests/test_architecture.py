@@ -18,7 +18,7 @@ FLOORS = {
     1: ["errors", "roles", "spec", "verdict"],
     2: [
         *("config", "weight_files", "checkpoint", "gguf_file", "gguf_read", "pre_tokenizers", "tokenizer", "target"),
-        *("importance", "encoding", "destination", "json_text", "packed", "quantized", "quantized_config"),
+        *("importance", "encoding", "destination", "json_text", "packed", "quantized", "quantized_config", "experts"),
     ],
     3: ["ops", "recipe_rules", "recipes", "type_choice", "plan", "provenance", "token_ids"],
     4: ["drafters", "dialects"],

@@ -11,7 +11,17 @@ from typing import Any
 import make_mtp
 import numpy as np
 import pytest
-from mtp_checkpoints import DELETE, as_multimodal, job, planned, reconfigure, small, without
+from mtp_checkpoints import (
+    DELETE,
+    as_multimodal,
+    job,
+    mixture,
+    part_experts,
+    planned,
+    reconfigure,
+    small,
+    without,
+)
 from published import published_config
 from safetensors.numpy import load_file, save_file
 
@@ -229,3 +239,51 @@ def test_an_unknown_tensor_of_a_head_is_named(tmp_path: Path) -> None:
     save_file({**load_file(path), "mtp.surprise.weight": np.zeros(3, np.float32)}, path)
     with pytest.raises(Problems, match=r"mtp\.surprise\.weight: unknown tensor \[3\]"):
         planned(path.parent)
+
+
+# --- mixtures of experts ---
+
+
+def test_experts_are_one_tensor_each_projection(tmp_path: Path) -> None:
+    """As transformers 5 writes them and as a tensor for each expert: the same file, byte for byte."""
+    files = []
+    for name, source in (
+        ("fused", mixture(tmp_path / "fused")),
+        ("parted", part_experts(mixture(tmp_path / "parted"))),
+    ):
+        convert(job(source, tmp_path / f"{name}.gguf", recipe="BF16"))
+        files.append(read_gguf(tmp_path / f"{name}.gguf"))
+    fused, parted = files
+    assert fused.tensors == parted.tensors
+    assert all((fused.tensor_bytes(name) == parted.tensor_bytes(name)).all() for name in fused.tensors)
+    shapes = {name.removeprefix("blk.4.ffn_"): tensor.shape for name, tensor in fused.tensors.items()}
+    assert shapes["gate_exps.weight"] == shapes["up_exps.weight"] == (8, 32, 64)
+    assert shapes["down_exps.weight"] == (8, 64, 32) and shapes["gate_inp_shexp.weight"] == (1, 64)
+    assert fused.tensors["blk.4.ffn_gate_inp.weight"].type.name == "F32"
+    keys = {key.removeprefix("qwen35moe."): entry.value for key, entry in fused.keys.items()}
+    assert (keys["expert_count"], keys["expert_used_count"]) == (8, 3)
+    assert (keys["expert_feed_forward_length"], keys["expert_shared_feed_forward_length"]) == (32, 64)
+    tensors = load_file(tmp_path / "fused" / "model.safetensors")
+    both = tensors["mtp.layers.0.mlp.experts.gate_up_proj"]
+    np.testing.assert_array_equal(fused.tensor_bytes("blk.4.ffn_up_exps.weight").view(both.dtype), both[:, 32:].ravel())
+
+
+def test_an_absent_expert_is_named(tmp_path: Path) -> None:
+    source = without(part_experts(mixture(tmp_path / "t")), "mtp.layers.0.mlp.experts.5.up_proj")
+    assert "mtp.layers.0.mlp.experts.up_proj.weight: expert 5 and 0 more are absent" in refusal(planned, source)
+    source = without(part_experts(mixture(tmp_path / "u")), "mtp.layers.0.mlp.experts.7.up_proj")
+    assert "experts.up_proj.weight: found shape [7, 32, 64], expected [8, 32, 64]" in refusal(planned, source)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_experts": DELETE}, "experts.count: missing"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok: found 9, expected at most their count"),
+        ({"norm_topk_prob": False}, "norm_topk_prob: found False"),
+        ({"mlp_only_layers": [1]}, "mlp_only_layers: found [1]"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_mixture_s_facts_are_named(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    assert said in refusal(planned, reconfigure(mixture(tmp_path / "t"), **change))

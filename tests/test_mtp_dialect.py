@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -13,7 +14,7 @@ from test_dialects import keys_of, shown, tensor_names
 
 from convert_drafter.converters.dialects import CELLS, Cell, objections, read, write
 from convert_drafter.converters.errors import BadFact, WrongInput
-from convert_drafter.converters.spec import HEADS, DrafterSpec, LinearAttention, Rope, spec_from
+from convert_drafter.converters.spec import HEADS, DrafterSpec, Experts, LinearAttention, Rope, spec_from
 
 CELL_LIST = [cell for cell in CELLS.values() if cell.kind in HEADS]
 by_cell = pytest.mark.parametrize("cell", CELL_LIST, ids=lambda cell: cell.kind)
@@ -34,13 +35,18 @@ SPEC = DrafterSpec(
     causal=True,
     linear_attention=LinearAttention(4, 16, 2, 6, 16, (True, True, True, False), 4),
 )
+OWN: dict[str, dict[str, Any]] = {"mtp-qwen35": {}, "mtp-qwen35moe": {"experts": Experts(8, 3, 48)}}
+
+
+def of_kind(spec: DrafterSpec, cell: Cell) -> DrafterSpec:
+    return replace(spec, kind=cell.kind, **OWN[cell.kind])
 
 
 @by_cell
 def test_golden_keys(cell: Cell) -> None:
     """A5-1: every key, GGUF type and value, and every tensor name, as on record."""
     golden = json.loads((FIXTURES / "dialects" / f"{cell.runtime}-{cell.kind}.json").read_text())
-    assert golden == {"keys": shown(write(cell, replace(SPEC, kind=cell.kind))), "tensors": tensor_names(cell)}
+    assert golden == {"keys": shown(write(cell, of_kind(SPEC, cell))), "tensors": tensor_names(cell)}
 
 
 @st.composite
@@ -69,6 +75,7 @@ def specs(draw: st.DrawFn) -> DrafterSpec:
 @by_cell
 @given(spec=specs())
 def test_what_is_written_comes_back(cell: Cell, spec: DrafterSpec) -> None:
+    spec = of_kind(spec, cell)
     assert objections(cell, spec) == []
     assert spec_from({"kind": cell.kind, **read(cell, keys_of(cell, spec))}) == spec
 
@@ -76,14 +83,15 @@ def test_what_is_written_comes_back(cell: Cell, spec: DrafterSpec) -> None:
 @by_cell
 def test_keys_of_llama_cpp_alone_tell_all_facts(cell: Cell) -> None:
     """Its own converter notes neither the target's depth nor its width."""
-    keys = {name: entry for name, entry in keys_of(cell, SPEC).items() if not name.startswith("drafter.")}
-    assert spec_from({"kind": cell.kind, **read(cell, keys)}) == SPEC
+    spec = of_kind(SPEC, cell)
+    keys = {name: entry for name, entry in keys_of(cell, spec).items() if not name.startswith("drafter.")}
+    assert spec_from({"kind": cell.kind, **read(cell, keys)}) == spec
 
 
 @by_cell
 def test_a_count_that_is_not_the_rows_own_is_a_contradiction(cell: Cell) -> None:
     """A5-2: block_count counts the head, the list of layers as well."""
-    keys = keys_of(cell, SPEC)
+    keys = keys_of(cell, of_kind(SPEC, cell))
     name = f"{cell.arch}.block_count"
     with pytest.raises(WrongInput, match="target_layer_count = 5"):
         read(cell, {**keys, name: replace(keys[name], value=6)})
@@ -106,4 +114,4 @@ def test_a_count_that_is_not_the_rows_own_is_a_contradiction(cell: Cell) -> None
     ids=lambda value: value.split(":")[0] if isinstance(value, str) else "",
 )
 def test_what_the_loader_cannot_carry_is_refused(cell: Cell, change: dict[str, object], said: str) -> None:
-    assert any(line.startswith(said) for line in objections(cell, replace(SPEC, **change)))  # type: ignore[arg-type]
+    assert any(line.startswith(said) for line in objections(cell, replace(of_kind(SPEC, cell), **change)))  # type: ignore[arg-type]

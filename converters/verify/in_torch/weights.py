@@ -17,7 +17,7 @@ from convert_drafter.converters.drafter_file import DrafterFile, read_drafter_fi
 from convert_drafter.converters.drafters import rules_of
 from convert_drafter.converters.errors import Problems
 from convert_drafter.converters.roles import Role, TensorKey
-from convert_drafter.converters.spec import DrafterSpec
+from convert_drafter.converters.spec import HEADS, DrafterSpec
 from convert_drafter.converters.target import Target
 from convert_drafter.converters.verify.in_torch.reference.dflash import DFlash
 from convert_drafter.converters.verify.in_torch.reference.mtp import Mtp
@@ -67,7 +67,7 @@ def parameter_names(spec: DrafterSpec) -> dict[TensorKey, str]:
 
 REFERENCES: dict[str, Callable[[DrafterSpec, Collection[Role]], nn.Module]] = {
     **dict.fromkeys(("dflash", "dflash2", "dspark"), DFlash),
-    "mtp-qwen35": Mtp,
+    **dict.fromkeys(HEADS, Mtp),
 }
 
 

@@ -13,6 +13,7 @@ weight as it is, where the checkpoint stores what it differs from one by.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convert_drafter.converters.roles import Role
-from convert_drafter.converters.spec import DrafterSpec
+from convert_drafter.converters.spec import DrafterSpec, Experts
 from convert_drafter.converters.verify.in_torch.reference.dflash import HEAD_ROWS, FeedForward, RMSNorm
 from convert_drafter.converters.verify.in_torch.reference.drafter import Drafted, Tables
 from convert_drafter.converters.verify.in_torch.reference.rope import rotate
@@ -64,13 +65,56 @@ class GatedAttention(nn.Module):
         return out
 
 
+class Projections(nn.Module):
+    """The weights of all experts, (experts, out, in) each."""
+
+    def __init__(self, experts: int, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_proj = Stacked(experts, width, hidden)
+        self.up_proj = Stacked(experts, width, hidden)
+        self.down_proj = Stacked(experts, hidden, width)
+
+    def forward(self, x: Tensor, expert: int) -> Tensor:
+        """(tokens, H) through one expert."""
+        inner = F.silu(x @ self.gate_proj.weight[expert].T) * (x @ self.up_proj.weight[expert].T)
+        return inner @ self.down_proj.weight[expert].T
+
+
+class Stacked(nn.Module):
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(shape))
+
+
+class Mixture(nn.Module):
+    """A few of many experts for each token, and one for all, which a gate of its own weighs."""
+
+    def __init__(self, spec: DrafterSpec, experts: Experts) -> None:
+        super().__init__()
+        self.used = experts.used
+        self.gate = nn.Linear(spec.hidden_size, experts.count, bias=False)
+        self.experts = Projections(experts.count, spec.feed_forward_size, spec.hidden_size)
+        self.shared_expert = FeedForward(replace(spec, feed_forward_size=experts.shared_feed_forward_size))
+        self.shared_expert_gate = nn.Linear(spec.hidden_size, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])  # (tokens, H)
+        shares, chosen = self.gate(flat).softmax(-1).topk(self.used)
+        shares = shares / shares.sum(-1, keepdim=True)
+        out = self.shared_expert(flat) * self.shared_expert_gate(flat).sigmoid()
+        for expert in chosen.unique().tolist():
+            token, place = (chosen == expert).nonzero(as_tuple=True)
+            out = out.index_add(0, token, self.experts(flat[token], expert) * shares[token, place, None])
+        return out.reshape(x.shape)
+
+
 class Layer(nn.Module):
     def __init__(self, spec: DrafterSpec) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(spec.hidden_size, spec.norm_epsilon)
         self.self_attn = GatedAttention(spec)
         self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.norm_epsilon)
-        self.mlp = FeedForward(spec)
+        self.mlp = FeedForward(spec) if spec.experts is None else Mixture(spec, spec.experts)
 
     def keys_values(self, x: Tensor, at: Tensor) -> KeysValues:
         found: KeysValues = self.self_attn.keys_values(self.input_layernorm(x), at)
