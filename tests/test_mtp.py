@@ -279,7 +279,7 @@ def test_an_absent_expert_is_named(tmp_path: Path) -> None:
     ("change", "said"),
     [
         ({"num_experts": DELETE}, "experts.count: missing"),
-        ({"num_experts_per_tok": 9}, "num_experts_per_tok: found 9, expected at most their count"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok: found 9, expected at most the 8 experts there are"),
         ({"norm_topk_prob": False}, "norm_topk_prob: found False"),
         ({"mlp_only_layers": [1]}, "mlp_only_layers: found [1]"),
     ],
