@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from convert_drafter.converters.convert import Published
+from convert_drafter.converters.drafters import rules_of
 from convert_drafter.converters.encoding import cores
 from convert_drafter.converters.gguf_file import StoredTensor
 from convert_drafter.converters.gguf_read import GGUFFile
@@ -84,8 +85,9 @@ def _closure(survey: Survey, matcher: Matcher) -> Iterator[Finding]:
     for key, stored in survey.tensors.items():
         if key not in matcher.matches:
             yield Finding(f"{stored.name}: the checkpoint has no {describe(key)}")
+    always = {rule.role for rule in rules_of(survey.cell.kind) if not rule.optional}
     for key, match in matcher.matches.items():
-        if survey.tensors and key not in survey.tensors and match.rule.optional:
+        if survey.tensors and key not in survey.tensors and key[0] not in always:
             yield Finding(f"{match.header.name}: in the checkpoint, missing in the file ({describe(key)})")
 
 
@@ -132,6 +134,8 @@ def _distance(c: Comparison) -> str:
 def _explained(survey: Survey, matcher: Matcher, sources: Mapping[str, Source], wrong: Comparison, search: bool) -> str:
     """Another tensor of the source, the same one turned or in another order, where that fits."""
     stored = survey.file.tensors[wrong.name]
+    if len(stored.shape) > 2:
+        return ""
     width = stored.shape[-1]
     rows = np.unique(np.linspace(0, max(1, stored.n_elements // width) - 1, SAMPLE).astype(int))
     here = np.stack([_row(survey.file, stored, int(row)) for row in rows])

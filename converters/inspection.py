@@ -56,11 +56,14 @@ class Inspection:
         }
 
 
-def inspect(path: Path, settings: Mapping[str, str] | None = None) -> Inspection:
-    """Inspect a checkpoint folder, a .safetensors file or a .gguf file. Raises `WrongInput` where it cannot be read."""
+def inspect(path: Path, settings: Mapping[str, str] | None = None, target: Path | None = None) -> Inspection:
+    """Inspect a checkpoint folder, a .safetensors file or a .gguf file; a checkpoint may need its target beside it.
+
+    Raises `WrongInput` where it cannot be read.
+    """
     if path.is_file() and _is_gguf(path):
         return inspect_gguf(path)
-    return inspect_checkpoint(path, settings)
+    return inspect_checkpoint(path, settings, target)
 
 
 def _is_gguf(path: Path) -> bool:
@@ -68,8 +71,8 @@ def _is_gguf(path: Path) -> bool:
         return path.suffix == ".gguf" or file.read(4) == b"GGUF"
 
 
-def inspect_checkpoint(path: Path, settings: Mapping[str, str] | None = None) -> Inspection:
-    published = read_published(path, settings=settings)
+def inspect_checkpoint(path: Path, settings: Mapping[str, str] | None = None, target: Path | None = None) -> Inspection:
+    published = read_published(path, target, settings)
     reader, spec = published.reader, published.spec
     cells = [cell for (kind, _), cell in CELLS.items() if kind == spec.kind]
     runtimes = {cell.runtime: "; ".join(_refusals(published, cell)) for cell in cells}
