@@ -16,7 +16,7 @@ from convert_drafter.converters.gguf_file import StoredTensor
 from convert_drafter.converters.gguf_read import GGUFFile
 from convert_drafter.converters.plan import Matcher
 from convert_drafter.converters.roles import describe
-from convert_drafter.converters.source_facts import IGNORED, fact_findings, noted
+from convert_drafter.converters.source_facts import IGNORED, fact_findings, noted, unread_settings
 from convert_drafter.converters.structure import Finding, Survey
 from convert_drafter.converters.tensor_errors import FLOATS, Comparison, OnBytes, Source, compare, decoder
 from convert_drafter.quant.base import F32Array
@@ -46,7 +46,7 @@ def agreement(
     matcher = published.match(noted(survey.file, IGNORED))
     findings += [Finding(f"{root}: {problem}") for problem in matcher.problems]
     pairs = _pairs(survey, matcher, published.spec.head_dim)
-    findings += _closure(survey, matcher)
+    findings += [*_closure(survey, matcher), *unread_settings(published)]
     compared = list[Comparison]()
     with cores() as run:
         for stored, source in pairs:
