@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from convert_drafter.converters.convert import Published
+from convert_drafter.converters.drafters import rules_of
 from convert_drafter.converters.encoding import cores
 from convert_drafter.converters.gguf_file import StoredTensor
 from convert_drafter.converters.gguf_read import GGUFFile
 from convert_drafter.converters.plan import Matcher
 from convert_drafter.converters.roles import describe
-from convert_drafter.converters.source_facts import IGNORED, fact_findings, noted
+from convert_drafter.converters.source_facts import IGNORED, fact_findings, noted, unread_settings
 from convert_drafter.converters.structure import Finding, Survey
 from convert_drafter.converters.tensor_errors import FLOATS, Comparison, OnBytes, Source, compare, decoder
 from convert_drafter.quant.base import F32Array
@@ -45,7 +46,7 @@ def agreement(
     matcher = published.match(noted(survey.file, IGNORED))
     findings += [Finding(f"{root}: {problem}") for problem in matcher.problems]
     pairs = _pairs(survey, matcher, published.spec.head_dim)
-    findings += _closure(survey, matcher)
+    findings += [*_closure(survey, matcher), *unread_settings(published)]
     compared = list[Comparison]()
     with cores() as run:
         for stored, source in pairs:
@@ -84,8 +85,9 @@ def _closure(survey: Survey, matcher: Matcher) -> Iterator[Finding]:
     for key, stored in survey.tensors.items():
         if key not in matcher.matches:
             yield Finding(f"{stored.name}: the checkpoint has no {describe(key)}")
+    always = {rule.role for rule in rules_of(survey.cell.kind) if not rule.optional}
     for key, match in matcher.matches.items():
-        if survey.tensors and key not in survey.tensors and match.rule.optional:
+        if survey.tensors and key not in survey.tensors and key[0] not in always:
             yield Finding(f"{match.header.name}: in the checkpoint, missing in the file ({describe(key)})")
 
 
@@ -132,6 +134,8 @@ def _distance(c: Comparison) -> str:
 def _explained(survey: Survey, matcher: Matcher, sources: Mapping[str, Source], wrong: Comparison, search: bool) -> str:
     """Another tensor of the source, the same one turned or in another order, where that fits."""
     stored = survey.file.tensors[wrong.name]
+    if len(stored.shape) > 2:
+        return ""
     width = stored.shape[-1]
     rows = np.unique(np.linspace(0, max(1, stored.n_elements // width) - 1, SAMPLE).astype(int))
     here = np.stack([_row(survey.file, stored, int(row)) for row in rows])

@@ -154,15 +154,16 @@ def redialect(dry_run: bool, as_json: bool, **options: Any) -> None:
 
 @cli.command("inspect")
 @click.argument("path", type=INPUT)
+@click.option("--target", type=INPUT, help="The target's folder or GGUF, for what only it tells.")
 @settings_option
 @json_option
-def inspect_command(path: Path, settings: dict[str, str], as_json: bool) -> None:
+def inspect_command(path: Path, target: Path | None, settings: dict[str, str], as_json: bool) -> None:
     """Show kind, facts (each with the place it came from) and tensors of a checkpoint or a GGUF.
 
     \b
     convert-drafter inspect Qwen3.6-27B-DFlash
     """
-    inspection = inspect(path, settings)
+    inspection = inspect(path, settings, target)
     show.warnings(errors, inspection.warnings)
     emit(as_json, inspection.as_json(), lambda: show.inspection(inspection))
 

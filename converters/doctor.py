@@ -145,7 +145,7 @@ def _gate(summary: str, findings: Iterable[Finding], compared: Iterable[Comparis
             STRUCTURE, Outcome.FAIL, f"{count}; {summary}" if summary else count, (*faults, *doubts, *notes), figures
         )
     if doubts:
-        return Gate(STRUCTURE, Outcome.UNDECIDED, f"{summary}; settings overrule it", (*doubts, *notes), figures)
+        return Gate(STRUCTURE, Outcome.UNDECIDED, f"{summary}; settings leave a doubt", (*doubts, *notes), figures)
     return Gate(STRUCTURE, Outcome.PASS, summary, tuple(notes), figures)
 
 

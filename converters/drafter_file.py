@@ -20,7 +20,6 @@ from convert_drafter.converters.drafters import rules_of
 from convert_drafter.converters.errors import BadFact, Problems, WrongInput, WrongUsage
 from convert_drafter.converters.gguf_file import ARCHITECTURE, KeyValue, StoredTensor
 from convert_drafter.converters.gguf_read import GGUFFile, read_gguf
-from convert_drafter.converters.inspection import Fact
 from convert_drafter.converters.recipe_rules import layer_of
 from convert_drafter.converters.roles import Role, TensorKey, describe, role_name
 from convert_drafter.converters.spec import MROPE_SECTIONS, DrafterSpec, required, spec_from
@@ -47,6 +46,15 @@ BY_SHAPE: dict[str, tuple[tuple[str, Role, int], ...]] = {
 }
 FROM_TARGET = ("target_layer_count", "vocab_size")
 Facts = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One fact of a drafter and the place it came from."""
+
+    name: str
+    value: Any
+    origin: str
 
 
 @dataclass(frozen=True)

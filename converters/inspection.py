@@ -10,6 +10,7 @@ from typing import Any
 from convert_drafter.converters.convert import Published, read_published
 from convert_drafter.converters.dialects import CELLS, Cell, cell_of_names, objections, own_part, read
 from convert_drafter.converters.dialects.cell import OWN_ROWS
+from convert_drafter.converters.drafter_file import Fact, derived_facts
 from convert_drafter.converters.drafters import rules_of
 from convert_drafter.converters.errors import BadFact, WrongInput
 from convert_drafter.converters.gguf_file import file_access
@@ -17,13 +18,6 @@ from convert_drafter.converters.gguf_read import GGUFFile, read_gguf
 from convert_drafter.converters.plan import plan_tensors
 from convert_drafter.converters.recipes import RECIPES
 from convert_drafter.converters.spec import DrafterSpec, facts_of, required, spec_from
-
-
-@dataclass(frozen=True)
-class Fact:
-    name: str
-    value: Any
-    origin: str
 
 
 @dataclass(frozen=True)
@@ -62,11 +56,14 @@ class Inspection:
         }
 
 
-def inspect(path: Path, settings: Mapping[str, str] | None = None) -> Inspection:
-    """Inspect a checkpoint folder, a .safetensors file or a .gguf file. Raises `WrongInput` where it cannot be read."""
+def inspect(path: Path, settings: Mapping[str, str] | None = None, target: Path | None = None) -> Inspection:
+    """Inspect a checkpoint folder, a .safetensors file or a .gguf file; a checkpoint may need its target beside it.
+
+    Raises `WrongInput` where it cannot be read.
+    """
     if path.is_file() and _is_gguf(path):
         return inspect_gguf(path)
-    return inspect_checkpoint(path, settings)
+    return inspect_checkpoint(path, settings, target)
 
 
 def _is_gguf(path: Path) -> bool:
@@ -74,8 +71,8 @@ def _is_gguf(path: Path) -> bool:
         return path.suffix == ".gguf" or file.read(4) == b"GGUF"
 
 
-def inspect_checkpoint(path: Path, settings: Mapping[str, str] | None = None) -> Inspection:
-    published = read_published(path, settings=settings)
+def inspect_checkpoint(path: Path, settings: Mapping[str, str] | None = None, target: Path | None = None) -> Inspection:
+    published = read_published(path, target, settings)
     reader, spec = published.reader, published.spec
     cells = [cell for (kind, _), cell in CELLS.items() if kind == spec.kind]
     runtimes = {cell.runtime: "; ".join(_refusals(published, cell)) for cell in cells}
@@ -108,8 +105,8 @@ def inspect_gguf(path: Path) -> Inspection:
     if entry is None:
         raise WrongInput(f"{path}: general.architecture: missing, expected the architecture every runtime asks for")
     cell = cell_of_names(str(entry.value), file.tensors)
-    values = {} if cell is None else _read_facts(cell, file)
-    facts = () if cell is None else tuple(_facts(cell, file, values))
+    facts = () if cell is None else tuple(_facts(cell, file))
+    values = {fact.name: fact.value for fact in facts} | ({} if cell is None else {"kind": cell.kind})
     kind = "unknown" if cell is None else cell.kind
     tensors = tuple(TensorLine(t.name, t.shape, t.type.name, t.n_bytes) for t in file.tensors.values())
     runtimes = {} if cell is None else {cell.runtime: "; ".join(_faults(cell, own_part(file, cell), values))}
@@ -151,12 +148,16 @@ def _tensor_faults(cell: Cell, spec: DrafterSpec, file: GGUFFile) -> list[str]:
     return [*absent, *unknown, *misshaped]
 
 
-def _facts(cell: Cell, file: GGUFFile, values: Mapping[str, Any]) -> Iterator[Fact]:
+def _facts(cell: Cell, file: GGUFFile) -> Iterator[Fact]:
+    values = _read_facts(cell, file)
     keys = ((row.field, row.key.format(a=cell.arch)) for row in reversed((*cell.rows, *OWN_ROWS)))
     origins = {field: key for field, key in keys if key in file.keys}
     for name, value in values.items():
         if name != "kind":
             yield Fact(name, value, origins.get(name, f"no key: what {cell.runtime} takes"))
+    for name, value, origin in derived_facts(file, cell, values, None):
+        if name not in values:
+            yield Fact(name, value, origin)
 
 
 def _short(value: Any) -> Any:

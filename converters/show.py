@@ -11,9 +11,10 @@ from rich.table import Table
 
 from convert_drafter.converters.convert import Conversion, Report, launch_command
 from convert_drafter.converters.dialects import CELLS
+from convert_drafter.converters.drafter_file import Fact
 from convert_drafter.converters.drafters import KINDS
 from convert_drafter.converters.errors import plain
-from convert_drafter.converters.inspection import Fact, Inspection
+from convert_drafter.converters.inspection import Inspection
 from convert_drafter.converters.plan import Plan
 from convert_drafter.converters.recipes import F32_IN_DRAFTERS, KEPT_IN_DRAFTERS, LEAST, RECIPES, Choice
 from convert_drafter.converters.redialect import Redialection, RedialectReport

@@ -54,6 +54,14 @@ def fact_findings(survey: Survey, published: Published) -> list[Finding]:
     return [*_settings(survey), *_facts(survey, published), *_origin(survey, published)]
 
 
+def unread_settings(published: Published) -> Iterator[Finding]:
+    """Settings that changed nothing, a slip of the pen perhaps; asked after every key was read that somebody reads."""
+    unread = set(published.reader.unread())
+    for path in published.reader.settings:
+        if path in unread:
+            yield Finding(f"--set {path}: nobody reads this key, so it changed nothing", fault=False, doubt=True)
+
+
 def _settings(survey: Survey) -> Iterator[Finding]:
     for key in (SETTINGS, REWRITTEN):
         for entry in noted(survey.file, key):

@@ -36,6 +36,7 @@ OTHER_KINDS = {
     "dflash.dspark.markov.w1": "DSpark", "dflash.selector.hproj.weight": "DFlash2", "dflash.domino.start": "Domino",
     "dflash_aux_hidden_norm.0.weight": "Laguna DFlash", "dflash.aux_hidden_norm.0.weight": "Laguna DFlash",
 }  # fmt: skip
+PROMISED = {"confidence_head": Role.CONFIDENCE, "draft_vocab_size": Role.DRAFT_TO_TARGET}
 SCALINGS = ("linear", "yarn")
 # Values that contradict nothing, so that one bad fact does not hide the next.
 HARMLESS: Facts = {
@@ -91,6 +92,7 @@ def survey(file: GGUFFile, cell: Cell, target: Target | None = None) -> Survey:
     else:
         tensors, problems = place_tensors(file, cell, spec)
         findings += map(Finding, [*problems, *_unplaced(cell, tensors), *_objections(file, cell, spec, facts, target)])
+        findings += map(Finding, _promised(file, cell, facts, tensors))
     findings += _types(file, cell, tensors)
     return Survey(file, cell, facts, spec, tensors, tuple(findings))
 
@@ -207,6 +209,14 @@ def _objections(file: GGUFFile, cell: Cell, spec: DrafterSpec, facts: Facts, tar
 def _unplaced(cell: Cell, tensors: Mapping[TensorKey, StoredTensor]) -> Iterator[str]:
     named = {key: stored.name for key, stored in tensors.items()}
     return unplaced(named, lambda key: next(iter(names_of(cell, key)), None), cell.runtime, cell.needs)
+
+
+def _promised(file: GGUFFile, cell: Cell, facts: Facts, tensors: Mapping[TensorKey, StoredTensor]) -> Iterator[str]:
+    """A fact that says there is a tensor."""
+    for name, role in PROMISED.items():
+        if facts.get(name) and (role, None) not in tensors:
+            found = f"{key_of(file, cell, name)}: found {facts[name]!r}"
+            yield f"{found}, but the file has no {cell.tensor_name((role, None))}"
 
 
 def _types(file: GGUFFile, cell: Cell, tensors: Mapping[TensorKey, StoredTensor]) -> Iterator[Finding]:

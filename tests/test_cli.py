@@ -332,11 +332,10 @@ def test_a_closed_pipe_shows_no_traceback() -> None:
 
 
 def test_kinds_that_are_not_converted_are_refused_by_name(tmp_path: Path, convert: Run) -> None:
-    shapes = dflash_shapes(small_config()) | {"markov_head.markov_w1.weight": (256, 8)}
+    shapes = dflash_shapes(small_config()) | {"prefix_gru.bias_hh_l0": (8,)}
     source = write_checkpoint(tmp_path / "drafter", small_config(), random_tensors(shapes))
-    assert (
-        "the tensors are those of DSpark, which is not converted yet" in convert(source, tmp_path / "o", code=3).stderr
-    )
+    said = "the tensors are those of Domino, which is not converted yet"
+    assert said in convert(source, tmp_path / "o", code=3).stderr
 
 
 @pytest.mark.parametrize("value", ["x=" + "[" * 50_000, "x=" + "1" * 5000], ids=["deep", "long"])

@@ -184,7 +184,7 @@ def test_another_model_is_wrong_input(made: Make, tmp_path: Path) -> None:
         doctor(path)
 
 
-@pytest.mark.parametrize("tensor", ["markov_w1.weight", "selector_hidden.weight", "d2t"])
+@pytest.mark.parametrize("tensor", ["dflash.domino.start", "dflash_aux_hidden_norm.0.weight"])
 def test_another_kind_is_named(made: Make, tmp_path: Path, tensor: str) -> None:
     with pytest.raises(WrongInput, match="which is not checked yet"):
         doctor(spoilt(made(), tmp_path, extra(tensor, (8, 32))))

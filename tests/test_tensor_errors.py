@@ -123,6 +123,12 @@ def test_facts_given_to_redialect_are_the_users(made: Callable[..., Path], tmp_p
     assert "rope.theta=5000000" in gate.details[1]
 
 
+def test_a_setting_that_nobody_reads_is_a_doubt(made: Callable[..., Path]) -> None:
+    gate = doctor(made("Q8_0"), None, PAIR / "drafter", {"rope_theta_typo": "1"})[0]
+    assert gate.outcome is Outcome.UNDECIDED
+    assert gate.details == ("--set rope_theta_typo: nobody reads this key, so it changed nothing",)
+
+
 def test_a_setting_that_cannot_be_is_wrong_input(made: Callable[..., Path], tmp_path: Path) -> None:
     def edit(draft: Draft) -> None:
         draft.keys[RECORDED] = KeyValue(RECORDED, GGUFValueType.ARRAY, ("hidden_size=[",), GGUFValueType.STRING)
