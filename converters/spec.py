@@ -251,8 +251,11 @@ OF_KIND: dict[str, frozenset[str]] = {
     "dspark": _BLOCK | {"markov_rank", "confidence_head", "sample_from_anchor"},
     "mtp-qwen35": _LINEAR | {"rope.sections"},
     "mtp-qwen35moe": _LINEAR | {"rope.sections", *_EXPERTS},
+    "mtp-qwen3next": _LINEAR.union(_EXPERTS),
 }
-HEADS = frozenset({"mtp-qwen35", "mtp-qwen35moe"})  # kinds whose layers are further layers of their target
+HEADS = frozenset(
+    {"mtp-qwen35", "mtp-qwen35moe", "mtp-qwen3next"}
+)  # kinds whose layers are further layers of their target
 
 
 # --- the spec as a flat table of facts: what dialects, inspect and doctor work on ---

@@ -59,6 +59,15 @@ def mixture(folder: Path, **changes: Any) -> Path:
     return reconfigure(made, intermediate_size=DELETE)
 
 
+def qwen3_next(folder: Path, **changes: Any) -> Path:
+    """A Qwen3-Next: its config is of an older fashion and says nothing of its head, its experts are apart."""
+    made = mixture(folder, architectures=["Qwen3NextForCausalLM"], model_type="qwen3_next", **changes)
+    gone = ("attn_output_gate", "layer_types", "mamba_ssm_dtype", "mtp_num_hidden_layers", "output_gate_type")
+    older = dict.fromkeys([*gone, "mtp_use_dedicated_embeddings", "rope_parameters"], DELETE)
+    new = {"decoder_sparse_step": 1, "intermediate_size": 96, "mlp_only_layers": [], "norm_topk_prob": True}
+    return part_experts(reconfigure(made, **older, **new, rope_scaling=None, rope_theta=10_000_000))
+
+
 def part_experts(folder: Path) -> Path:
     """The same checkpoint with a tensor for each expert."""
     path, found = folder / "model.safetensors", {}
@@ -117,4 +126,15 @@ def planned(source: Path, **options: Any) -> Conversion:
     return prepare(job(source, source.parent / "out.gguf", **options))
 
 
-__all__ = ["DELETE", "as_multimodal", "job", "mixture", "part_experts", "planned", "reconfigure", "small", "without"]
+__all__ = [
+    "DELETE",
+    "as_multimodal",
+    "job",
+    "mixture",
+    "part_experts",
+    "planned",
+    "qwen3_next",
+    "reconfigure",
+    "small",
+    "without",
+]

@@ -18,6 +18,7 @@ from mtp_checkpoints import (
     mixture,
     part_experts,
     planned,
+    qwen3_next,
     reconfigure,
     small,
     without,
@@ -119,7 +120,10 @@ def test_a_multimodal_target_gives_the_same_tensors(tmp_path: Path, file: GGUFFi
         ({"text_config__rope_parameters__rope_theta": DELETE}, "rope theta: missing (looked at"),
         ({"text_config__rope_parameters__mrope_section": DELETE}, "rope.sections: missing"),
         ({"text_config__rope_parameters__mrope_section": [4, 3]}, "half of 16 rotated dimensions"),
-        ({"text_config__layer_types": DELETE}, "linear_attention.layers: missing"),
+        (
+            {"text_config__layer_types": DELETE, "text_config__full_attention_interval": DELETE},
+            "linear_attention.layers: missing",
+        ),
         ({"text_config__linear_conv_kernel_dim": None}, "--set text_config.linear_conv_kernel_dim=VALUE"),
         ({"tie_word_embeddings": True}, "text_config.tie_word_embeddings = False, tie_word_embeddings = True"),
         ({"text_config__mtp_use_dedicated_embeddings": True}, "text_config.mtp_use_dedicated_embeddings: found True"),
@@ -287,3 +291,26 @@ def test_an_absent_expert_is_named(tmp_path: Path) -> None:
 )
 def test_a_mixture_s_facts_are_named(tmp_path: Path, change: dict[str, Any], said: str) -> None:
     assert said in refusal(planned, reconfigure(mixture(tmp_path / "t"), **change))
+
+
+# --- Qwen3-Next ---
+
+
+def test_an_older_config_says_less_and_is_enough(tmp_path: Path) -> None:
+    """A5-2: no published Qwen3-Next counts its head, so the tensors alone do; its layers follow an interval."""
+    source = qwen3_next(tmp_path / "t")
+    conversion = planned(source)
+    spec, reader = conversion.published.spec, conversion.published.reader
+    assert (conversion.warnings, spec.kind, spec.layers) == ((), "mtp-qwen3next", range(4, 5))
+    assert reader.origins["layer_count"] == "tensor names"
+    assert (spec.rope.theta, spec.rope.dimensions, spec.rope.sections) == (1e7, 16, None)
+    assert spec.linear_attention is not None
+    assert spec.linear_attention.layers == (True, True, True, False)
+    assert reader.origins["linear_attention.layers"] == "full_attention_interval"
+    said = refusal(planned, reconfigure(source, full_attention_interval=DELETE))
+    assert "linear_attention.layers: missing (looked at layer_types or full_attention_interval)" in said
+
+
+def test_a_count_that_is_declared_has_to_agree_all_the_same(tmp_path: Path) -> None:
+    source = reconfigure(qwen3_next(tmp_path / "t"), mtp_num_hidden_layers=2)
+    assert "mtp_num_hidden_layers: 2, but the tensors are mtp.layers.0" in refusal(planned, source)

@@ -36,10 +36,12 @@ SPEC = DrafterSpec(
     linear_attention=LinearAttention(4, 16, 2, 6, 16, (True, True, True, False), 4),
 )
 OWN: dict[str, dict[str, Any]] = {"mtp-qwen35": {}, "mtp-qwen35moe": {"experts": Experts(8, 3, 48)}}
+OWN["mtp-qwen3next"] = OWN["mtp-qwen35moe"]
 
 
 def of_kind(spec: DrafterSpec, cell: Cell) -> DrafterSpec:
-    return replace(spec, kind=cell.kind, **OWN[cell.kind])
+    sections = spec.rope.sections if any(row.field == "rope.sections" for row in cell.rows) else None
+    return replace(spec, kind=cell.kind, rope=replace(spec.rope, sections=sections), **OWN[cell.kind])
 
 
 @by_cell

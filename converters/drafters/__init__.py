@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from convert_drafter.converters.config import ConfigReader
-from convert_drafter.converters.drafters import mtp
+from convert_drafter.converters.drafters import mtp, mtp_qwen
 from convert_drafter.converters.drafters.dflash import DFLASH
 from convert_drafter.converters.drafters.dflash2 import DFLASH2
 from convert_drafter.converters.drafters.dspark import DSPARK
@@ -20,7 +20,7 @@ from convert_drafter.converters.drafters.mtp import needed
 from convert_drafter.converters.errors import WrongInput
 from convert_drafter.converters.plan import TensorRule
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (DFLASH, DFLASH2, DSPARK, *mtp.FAMILIES)}
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (DFLASH, DFLASH2, DSPARK, *mtp_qwen.FAMILIES)}
 
 
 MTP = "MTP"  # a family of targets has a kind of its own
@@ -66,7 +66,7 @@ def detect(reader: ConfigReader, headers: Headers) -> Kind:
         )
     if found == MTP:
         reader.origins["kind"] = "tensor names and architectures"
-        return mtp.find_family(reader, architectures)
+        return mtp.find_family(reader, architectures, mtp_qwen.FAMILIES)
     if found not in KINDS:
         raise WrongInput(
             f"{reader.where}: the tensors are those of {found}, which is not converted yet; supported: {supported}"

@@ -1,0 +1,247 @@
+"""The MTP heads of Qwen: Qwen3.5 and 3.6, dense and mixtures of experts, and Qwen3-Next.
+
+Names and facts as transformers and llama.cpp's converter have them (conversion/qwen.py: _QwenMtpMixin).
+"""
+
+from __future__ import annotations
+
+from convert_drafter.converters.config import ConfigReader
+from convert_drafter.converters.drafters.kind import Headers, Kind
+from convert_drafter.converters.drafters.mtp import IGNORED, read_count
+from convert_drafter.converters.drafters.rope import read_scaling, read_theta
+from convert_drafter.converters.ops import PLUS_ONE
+from convert_drafter.converters.plan import Dropped, TensorRule
+from convert_drafter.converters.roles import Role
+from convert_drafter.converters.spec import MROPE_SECTIONS, DrafterSpec, Experts, LinearAttention, Rope
+from convert_drafter.converters.target import Target
+
+LAYER_TYPES = ("linear_attention", "full_attention")
+
+
+def read_dense(reader: ConfigReader, headers: Headers, target: Target | None) -> DrafterSpec:
+    """Every fact of the head of a dense target. Raises `WrongInput` naming the key that is missing or wrong."""
+    return read_qwen("mtp-qwen35", "intermediate_size", reader, headers, target)
+
+
+def read_mixture(reader: ConfigReader, headers: Headers, target: Target | None) -> DrafterSpec:
+    """Every fact of the head of a mixture of experts. Raises `WrongInput` naming the key that is missing or wrong."""
+    reader.enter("text_config")
+    return read_qwen("mtp-qwen35moe", "moe_intermediate_size", reader, headers, target, read_experts(reader))
+
+
+def read_next(reader: ConfigReader, headers: Headers, target: Target | None) -> DrafterSpec:
+    """Every fact of the head of a Qwen3-Next. Raises `WrongInput` naming the key that is missing or wrong."""
+    return read_qwen("mtp-qwen3next", "moe_intermediate_size", reader, headers, target, read_experts(reader))
+
+
+def read_experts(reader: ConfigReader) -> Experts:
+    reader.expect("norm_topk_prob", True, "the weights of the chosen experts add up to one")
+    reader.expect("mlp_only_layers", [], "every layer is a mixture")
+    reader.expect("decoder_sparse_step", 1, "every layer is a mixture")
+    reader.ignore("intermediate_size")  # of a dense layer, of which there is none
+    return Experts(
+        count=reader.get("experts.count", int, "num_experts"),
+        used=reader.get("experts.used", int, "num_experts_per_tok"),
+        shared_feed_forward_size=reader.get("experts.shared_feed_forward_size", int, "shared_expert_intermediate_size"),
+    )
+
+
+def read_qwen(
+    kind: str,
+    width: str,
+    reader: ConfigReader,
+    headers: Headers,
+    target: Target | None,
+    experts: Experts | None = None,
+) -> DrafterSpec:
+    reader.enter("text_config")
+    check_qwen(reader)
+    count = read_count(reader, headers, has_key=kind != "mtp-qwen3next")
+    depth = reader.get("target_layer_count", int, "num_hidden_layers")
+    hidden = reader.get("hidden_size", int, "hidden_size")
+    head_dim = reader.get("head_dim", int, "head_dim")
+    reader.origins["target_hidden_size"] = reader.origins["hidden_size"]
+    reader.origins["causal"] = "an MTP head drafts one token after the other"
+    check_target(reader, target, depth, hidden)
+    return DrafterSpec(
+        kind=kind,
+        layer_count=count,
+        hidden_size=hidden,
+        feed_forward_size=reader.get("feed_forward_size", int, width),
+        head_count=reader.get("head_count", int, "num_attention_heads"),
+        kv_head_count=reader.get("kv_head_count", int, "num_key_value_heads"),
+        head_dim=head_dim,
+        context_length=reader.get("context_length", int, "max_position_embeddings"),
+        vocab_size=reader.get("vocab_size", int, "vocab_size"),
+        norm_epsilon=reader.get("norm_epsilon", float, "rms_norm_eps"),
+        rope=read_rope(reader, head_dim, mrope=kind != "mtp-qwen3next"),
+        target_layer_count=depth,
+        target_hidden_size=hidden,
+        causal=True,
+        linear_attention=read_linear(reader, depth),
+        experts=experts,
+    )
+
+
+def check_qwen(reader: ConfigReader) -> None:
+    """What the loader takes for granted."""
+    reader.expect("hidden_act", "silu", "the feed-forward is SwiGLU")
+    reader.expect("attention_bias", False, "llama.cpp's Qwen3.5 has no biases")
+    reader.expect("attn_output_gate", True, "the query projection holds a gate for each head")
+    reader.expect("mtp_use_dedicated_embeddings", False, "the head shares its target's embedding")
+    if (scaling := read_scaling(reader)) is not None:
+        raise reader.error("rope_parameters", f"found {scaling.method} scaling", "none: not converted for MTP heads")
+
+
+def check_target(reader: ConfigReader, target: Target | None, depth: int, hidden: int) -> None:
+    """A `--target` beside the checkpoint is another copy of the same model."""
+    if target is None:
+        return
+    for field, ours, theirs in (
+        ("target_layer_count", depth, target.layer_count),
+        ("target_hidden_size", hidden, target.hidden_size),
+    ):
+        if ours != theirs:
+            expected = f"{theirs}, as the target {target.name} has; an MTP head belongs to the model it was trained in"
+            raise reader.error(reader.origins[field], f"found {ours}", expected)
+
+
+def read_rope(reader: ConfigReader, head_dim: int, mrope: bool) -> Rope:
+    """Rotated dimensions and M-RoPE sections have defaults in transformers and in llama.cpp; here they are facts."""
+    theta = read_theta(reader, [])
+    factor = reader.get("rope.dimensions", float, "rope_parameters.partial_rotary_factor", "partial_rotary_factor")
+    if not 0 < factor <= 1:
+        raise reader.error(reader.origins["rope.dimensions"], f"found {factor}", "a fraction of the head, in (0, 1]")
+    dimensions = int(head_dim * factor)
+    if not mrope:
+        return Rope(theta, dimensions)
+    sections = reader.find_list("rope.sections", int, "rope_parameters.mrope_section")
+    if sections is None:
+        raise reader.missing("rope.sections", "three widths", "rope_parameters.mrope_section")
+    if len(sections) > MROPE_SECTIONS or 2 * sum(sections) != dimensions:
+        expected = f"at most {MROPE_SECTIONS} widths that together are half of {dimensions} rotated dimensions"
+        raise reader.error(reader.origins["rope.sections"], f"found {list(sections)}", expected)
+    return Rope(theta, dimensions, sections=(*sections, *[0] * (MROPE_SECTIONS - len(sections))))
+
+
+def read_linear(reader: ConfigReader, depth: int) -> LinearAttention:
+    types = reader.find_list("linear_attention.layers", str, "layer_types")
+    interval = reader.find("linear_attention.interval", int, "full_attention_interval")
+    if types is None and interval is not None and interval > 0:  # as transformers and llama.cpp read it
+        reader.origins["linear_attention.layers"] = reader.origins["linear_attention.interval"]
+        types = tuple(LAYER_TYPES[(i + 1) % interval == 0] for i in range(depth))
+    if types is None:
+        places = ("layer_types", "full_attention_interval")
+        raise reader.missing("linear_attention.layers", "the type of each layer", *places)
+    if wrong := sorted(set(types) - set(LAYER_TYPES)):
+        raise reader.error("layer_types", f"found {', '.join(wrong)}", " or ".join(LAYER_TYPES))
+    if len(types) != depth:
+        raise reader.error("layer_types", f"found {len(types)} entries", f"num_hidden_layers = {depth}")
+    linear = {
+        name: reader.get(f"linear_attention.{name}", int, key)
+        for name, key in {
+            "kernel_size": "linear_conv_kernel_dim",
+            "key_head_dim": "linear_key_head_dim",
+            "key_head_count": "linear_num_key_heads",
+            "value_head_count": "linear_num_value_heads",
+            "value_head_dim": "linear_value_head_dim",
+        }.items()
+    }
+    return LinearAttention(**linear, layers=tuple(name == "linear_attention" for name in types), interval=interval)
+
+
+def is_tied(reader: ConfigReader) -> bool:
+    reader.enter("text_config")
+    return reader.find("head", bool, "tie_word_embeddings") is True
+
+
+def head_rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
+    """The head but its feed-forward, and of its target what a runtime needs to load the head alone.
+
+    All norms are published as what they differ from one by.
+    """
+    layer, attention = "mtp.layers.{j}.", "mtp.layers.{j}.self_attn."
+    no_head = not reader.raw or is_tied(reader)  # of a config nobody gave nothing is known
+    return (
+        TensorRule("embed_tokens.weight", Role.TOKEN_EMBEDDING, ("vocab", "hidden")),
+        TensorRule("norm.weight", Role.OUTPUT_NORM, ("hidden",), PLUS_ONE),
+        TensorRule("lm_head.weight", Role.OUTPUT, ("vocab", "hidden"), optional=no_head),
+        TensorRule(f"{layer}input_layernorm.weight", Role.ATTN_NORM, ("hidden",), PLUS_ONE),
+        TensorRule(f"{attention}q_proj.weight", Role.ATTN_Q, ("queries and gates", "hidden")),
+        TensorRule(f"{attention}k_proj.weight", Role.ATTN_K, ("keys", "hidden")),
+        TensorRule(f"{attention}v_proj.weight", Role.ATTN_V, ("keys", "hidden")),
+        TensorRule(f"{attention}o_proj.weight", Role.ATTN_OUTPUT, ("hidden", "queries")),
+        TensorRule(f"{attention}q_norm.weight", Role.ATTN_Q_NORM, ("head_dim",), PLUS_ONE),
+        TensorRule(f"{attention}k_norm.weight", Role.ATTN_K_NORM, ("head_dim",), PLUS_ONE),
+        TensorRule(f"{layer}post_attention_layernorm.weight", Role.FFN_NORM, ("hidden",), PLUS_ONE),
+        TensorRule("mtp.fc.weight", Role.NEXTN_PROJ, ("hidden", "embedding and state")),
+        TensorRule("mtp.pre_fc_norm_embedding.weight", Role.NEXTN_EMBEDDING_NORM, ("hidden",), PLUS_ONE),
+        TensorRule("mtp.pre_fc_norm_hidden.weight", Role.NEXTN_STATE_NORM, ("hidden",), PLUS_ONE),
+        TensorRule("mtp.norm.weight", Role.NEXTN_OUTPUT_NORM, ("hidden",), PLUS_ONE),
+    )
+
+
+def dense_rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
+    mlp = "mtp.layers.{j}.mlp."
+    return (
+        *head_rules(reader),
+        TensorRule(f"{mlp}gate_proj.weight", Role.FFN_GATE, ("feed_forward", "hidden")),
+        TensorRule(f"{mlp}up_proj.weight", Role.FFN_UP, ("feed_forward", "hidden")),
+        TensorRule(f"{mlp}down_proj.weight", Role.FFN_DOWN, ("hidden", "feed_forward")),
+    )
+
+
+def mixture_rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
+    """Experts are stacked, whatever the checkpoint has (`stack_experts`)."""
+    mlp = "mtp.layers.{j}.mlp."
+    experts, shared = f"{mlp}experts.", f"{mlp}shared_expert."
+    return (
+        *head_rules(reader),
+        TensorRule(f"{mlp}gate.weight", Role.FFN_ROUTER, ("experts", "hidden")),
+        TensorRule(f"{experts}gate_proj.weight", Role.FFN_GATE_EXPERTS, ("experts", "feed_forward", "hidden")),
+        TensorRule(f"{experts}up_proj.weight", Role.FFN_UP_EXPERTS, ("experts", "feed_forward", "hidden")),
+        TensorRule(f"{experts}down_proj.weight", Role.FFN_DOWN_EXPERTS, ("experts", "hidden", "feed_forward")),
+        TensorRule(f"{mlp}shared_expert_gate.weight", Role.FFN_SHARED_ROUTER, ("one", "hidden")),
+        TensorRule(f"{shared}gate_proj.weight", Role.FFN_GATE_SHARED, ("shared_feed_forward", "hidden")),
+        TensorRule(f"{shared}up_proj.weight", Role.FFN_UP_SHARED, ("shared_feed_forward", "hidden")),
+        TensorRule(f"{shared}down_proj.weight", Role.FFN_DOWN_SHARED, ("hidden", "shared_feed_forward")),
+    )
+
+
+def dropped(reader: ConfigReader) -> tuple[Dropped, ...]:
+    if is_tied(reader):
+        return (Dropped("lm_head.weight", "tie_word_embeddings is true: the embedding is the output head"),)
+    return ()
+
+
+QWEN35 = Kind(
+    name="mtp-qwen35",
+    summary="MTP head of a dense Qwen3.5 or 3.6: one more layer of its target, drafting token by token",
+    architectures=("Qwen3_5ForConditionalGeneration", "Qwen3_5ForCausalLM"),
+    read_spec=read_dense,
+    rules=dense_rules,
+    dropped=dropped,
+    ignored=IGNORED,
+    in_target=True,
+)
+QWEN35MOE = Kind(
+    name="mtp-qwen35moe",
+    summary="MTP head of a Qwen3.5 or 3.6 mixture of experts",
+    architectures=("Qwen3_5MoeForConditionalGeneration", "Qwen3_5MoeForCausalLM"),
+    read_spec=read_mixture,
+    rules=mixture_rules,
+    dropped=dropped,
+    ignored=IGNORED,
+    in_target=True,
+)
+QWEN3NEXT = Kind(
+    name="mtp-qwen3next",
+    summary="MTP head of a Qwen3-Next",
+    architectures=("Qwen3NextForCausalLM",),
+    read_spec=read_next,
+    rules=mixture_rules,
+    dropped=dropped,
+    ignored=IGNORED,
+    in_target=True,
+)
+FAMILIES = (QWEN35, QWEN35MOE, QWEN3NEXT)
