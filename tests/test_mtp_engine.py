@@ -79,7 +79,7 @@ def theirs(folder: Path, sources: dict[str, Path]) -> Path:
 
 def listed(name: str, mode: str) -> dict[str, tuple[str | None, str | None]]:
     entries: list[dict[str, Any]] = json.loads(GOLDEN.read_text())["differences"]
-    return listed_for(f"{name} {mode}", entries)
+    return listed_for(f"{name} {mode}", "F32", entries)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
