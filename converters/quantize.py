@@ -105,7 +105,9 @@ class QuantizeReport:
             drafter = read_drafter_file(self.out)
         except DrafterError:
             return None
-        return launch_line(drafter.cell, drafter.spec, None, self.out)
+        attached = len(drafter.tensors) < len(self.quantization.recodings)  # the others are its target's
+        line = (attached and drafter.cell.launch_attached) or drafter.cell.launch
+        return launch_line(drafter.cell, drafter.spec, None, self.out, line)
 
 
 def prepare_quantize(job: QuantizeJob) -> Quantization:

@@ -31,6 +31,8 @@ pytest.importorskip("transformers")
 from convert_drafter.converters.verify.in_torch.target import TorchTarget  # noqa: E402
 from convert_drafter.converters.verify.in_torch.text import FINAL  # noqa: E402
 from convert_drafter.converters.verify.in_torch.weights import gguf_weights, reference  # noqa: E402
+from convert_drafter.converters.verify.job import VerifyJob  # noqa: E402
+from convert_drafter.converters.verify.verify import verify  # noqa: E402
 
 GOLDEN = FIXTURES / "dialects" / "llama.cpp-mtp-differences.json"
 RECORDED = json.loads((make_mtp.TRAINED.parent / "acceptance.json").read_text())
@@ -248,21 +250,38 @@ def test_an_attached_head_drafts_the_same(
     assert ask(out, folder / "attached.log", *DRAFTING, prompts=PROMPTS[:4]) == separate[:4]
 
 
-def test_norms_without_the_one_cost_drafts_and_never_the_text(
-    theirs: Path, folder: Path, head: Path, alone: Answers
-) -> None:
-    """P-42 in the real engine."""
-    file, out = read_gguf(head), folder / "norms.gguf"
+def write_less_one(head: Path, out: Path) -> None:
+    """A head's file with its norms as they are published."""
+    file = read_gguf(head)
 
     def data(tensor: Any) -> Any:
         values = file.tensor_bytes(tensor.name).view("<f4")
         return [values - np.float32(1) if tensor.name.endswith("norm.weight") else values]
 
     write_gguf(out, list(file.keys.values()), list(file.tensors.values()), data)
+
+
+def test_norms_without_the_one_cost_drafts_and_never_the_text(
+    theirs: Path, folder: Path, head: Path, alone: Answers
+) -> None:
+    """P-42 in the real engine."""
+    out = folder / "norms.gguf"
+    write_less_one(head, out)
     options = ("-md", str(out), *DRAFTING)
     answers = ask(theirs / "trained--no-mtp-F32.gguf", folder / "norms.log", *options, prompts=PROMPTS[:4])
     assert [text for text, _ in answers] == [text for text, _ in alone[:4]]
     assert acceptance_length(answers) < 1.3
+
+
+def test_verify_names_norms_without_the_one(sources: dict[str, Path], folder: Path, head: Path) -> None:
+    """P-42: the diagnosis of a file that drafts 1.1 tokens where the original drafts 2.6."""
+    out, source = folder / "diagnosed.gguf", sources["trained"]
+    write_less_one(head, out)
+    prompts = make_mtp.PROMPTS
+    shape = {"max_prompts": 4, "new_tokens": 32, "contexts": (64,), "diagnose": True}
+    diagnosis = verify(VerifyJob(out, (source,), source=source, prompts=prompts, **shape)).diagnosis
+    assert diagnosis is not None and diagnosis.found is not None
+    assert diagnosis.found.name == "norms: one added"
 
 
 def test_a_count_without_the_head_does_not_load(theirs: Path, folder: Path) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from convert_drafter.converters.spec import Rope, SlidingWindow
+from convert_drafter.converters.spec import HEADS, Rope, SlidingWindow
 from convert_drafter.converters.verify.diagnosis import weight_explanations
 from convert_drafter.converters.verify.diagnosis.view import (
     Explanation,
@@ -100,6 +100,8 @@ def thetas(view: View, hints: Hints) -> Iterator[Explanation]:
 def captures(view: View, hints: Hints) -> Iterator[Explanation]:
     """T-51: counted from one or from zero, or in an order that is not fc's."""
     ids, depth = view.captures, view.spec.target_layer_count
+    if not view.spec.capture_layers:  # it reads the final state
+        return
     ways = {
         "all one higher": tuple(k + 1 for k in ids),
         "all one lower": tuple(k - 1 for k in ids),
@@ -113,19 +115,23 @@ def captures(view: View, hints: Hints) -> Iterator[Explanation]:
 
 def masks(view: View, hints: Hints) -> Iterator[Explanation]:
     """T-53: another model's mask token, or the tokenizer's own."""
+    if view.spec.mask_token_id is None:
+        return
     for token in (*MASKS, view.spec.vocab_size - 1, *hints.tokens):
         yield from fact(view, "mask_token_id", token)
 
 
 def blocks(view: View, hints: Hints) -> Iterator[Explanation]:
     """T-54."""
-    for size in BLOCK_SIZES:
+    for size in BLOCK_SIZES if view.spec.block_size is not None else ():
         yield from fact(view, "block_size", size)
 
 
 def windows(view: View, hints: Hints) -> Iterator[Explanation]:
     """T-55, T-16: a window lost, on the wrong layers, or as wide as another drafter's."""
     layers, window = view.spec.layer_count, view.spec.window
+    if view.spec.kind in HEADS:  # their loaders have none
+        return
     all_but_last = (*[True] * (layers - 1), False)
     patterns = {all_but_last, (True,) * layers}
     if window is None:

@@ -17,9 +17,11 @@ Q_AND_K = (Role.ATTN_Q, Role.ATTN_K, Role.ATTN_Q_BIAS, Role.ATTN_K_BIAS)
 Q_AND_K_NORMS = (Role.ATTN_Q_NORM, Role.ATTN_K_NORM)
 NORMS = (
     Role.FUSION_NORM, Role.OUTPUT_NORM, Role.ATTN_NORM, Role.FFN_NORM, Role.ATTN_Q_NORM, Role.ATTN_K_NORM,
+    Role.NEXTN_EMBEDDING_NORM, Role.NEXTN_STATE_NORM, Role.NEXTN_OUTPUT_NORM,
 )  # fmt: skip
 MATRICES = (
     Role.ATTN_Q, Role.ATTN_K, Role.ATTN_V, Role.ATTN_OUTPUT, Role.FFN_GATE, Role.FFN_UP, Role.FFN_DOWN, Role.FUSION,
+    Role.NEXTN_PROJ,
 )  # fmt: skip
 LISTED = 4  # names in a line
 FAR = 0.5  # relative error; Q2_K is at 0.3, other weights of the same size are at 1.4
@@ -55,8 +57,9 @@ def rotary_rows(view: View, hints: Hints) -> Iterator[Explanation]:
 
 def norms(view: View, hints: Hints) -> Iterator[Explanation]:
     """P-42: norms stored as the difference from one, or given their one twice."""
+    present = [role for role in NORMS if role in roles_of(view)]
     for step, how in ((1, "one added"), (-1, "one taken away")):
-        for what, roles in {"norms": NORMS, **{role.name: (role,) for role in NORMS}}.items():
+        for what, roles in {"norms": present, **{role.name: [role] for role in present}}.items():
             yield Explanation(what, how, changed(view, lambda a, step=step: a + np.float32(step), *roles))  # type: ignore[misc]
 
 
@@ -68,14 +71,28 @@ def swaps(view: View, hints: Hints) -> Iterator[Explanation]:
         new = {(role, i): weights.get((place.get(role, role), i), a) for (role, i), a in weights.items()}
         if all(new[key].shape == a.shape for key, a in weights.items()):
             yield Explanation(f"{one.name} and {other.name}", "swapped", replace(view, weights=new))
-    last = view.spec.layer_count - 1
-    turned = {(role, i): a if i is None else weights[role, last - i] for (role, i), a in weights.items()}
+    yield from halves(view)
+    if view.spec.layer_count == 1:
+        return
+    ends = view.spec.layers[0] + view.spec.layers[-1]
+    turned = {(role, i): a if i is None else weights[role, ends - i] for (role, i), a in weights.items()}
     yield Explanation("layers", "in reverse order", replace(view, weights=turned))
+
+
+def halves(view: View) -> Iterator[Explanation]:
+    """What a head reads beside each other, the token's embedding and the target's state, the other way round."""
+    if Role.NEXTN_PROJ in roles_of(view):
+        turned = changed(view, lambda a: np.roll(a, a.shape[1] // 2, axis=1), Role.NEXTN_PROJ)
+        yield Explanation(Role.NEXTN_PROJ.name, "embedding and state exchanged", turned)
+
+
+def roles_of(view: View) -> set[Role]:
+    return {role for role, _ in view.weights}
 
 
 def by_columns(view: View, hints: Hints) -> Iterator[Explanation]:
     """A matrix transposed, or stored column by column: the same where it is square."""
-    for role in MATRICES:
+    for role in (role for role in MATRICES if role in roles_of(view)):
         new = changed(view, lambda a: np.ascontiguousarray(a.reshape(a.shape[::-1]).T), role)
         yield Explanation(role.name, "transposed", new)
 
