@@ -41,6 +41,7 @@ _REDUCED = ("draft_vocab_size", Role.DRAFT_TO_TARGET, 0)
 BY_SHAPE: dict[str, tuple[tuple[str, Role, int], ...]] = {
     "dflash": (_REDUCED,),
     "dflash2": (_REDUCED,),
+    "eagle3": (_REDUCED,),
     "dspark": (_REDUCED, ("markov_rank", Role.MARKOV_IN, 1)),
 }
 FROM_TARGET = ("target_layer_count", "vocab_size")
@@ -178,7 +179,7 @@ def derived_facts(file: GGUFFile, cell: Cell, facts: Facts, target: Target | Non
     yield "target_layer_count", target.layer_count, origin
     yield "vocab_size", target.vocab_size, origin
     # as a conversion has them from the target; a dialect with a key for them has said that there are none
-    unsaid = {"embedding_scale", "rope.sections"} - {row.field for row in cell.rows}
+    unsaid = cell.from_target - {row.field for row in cell.rows}
     if "embedding_scale" in unsaid and target.embedding_scale is not None:
         yield "embedding_scale", target.embedding_scale, f"{origin} scales its embeddings"
     if "rope.sections" in unsaid and target.uses_mrope and "rope.dimensions" in facts:
@@ -238,7 +239,7 @@ def names_of(cell: Cell, key: TensorKey) -> list[str]:
 
 def place_tensors(file: GGUFFile, cell: Cell, spec: DrafterSpec) -> tuple[dict[TensorKey, StoredTensor], list[str]]:
     """Every tensor's place in the hub, and what does not fit."""
-    rules = {rule.role: rule for rule in reversed(rules_of(cell.kind))}
+    rules = {rule.role: rule for rule in reversed(rules_of(cell.kind)) if rule.exists(spec)}
     known = {name: (key, rule) for rule in rules.values() for key in rule.keys(spec) for name in names_of(cell, key)}
     found, problems = dict[TensorKey, StoredTensor](), list[str]()
     for stored in file.tensors.values():

@@ -95,7 +95,7 @@ def _storage(published: Published) -> dict[str, str]:
 def _refusals(published: Published, cell: Cell) -> list[str]:
     """Why this runtime could not run the checkpoint: tensors and facts, as a conversion would say it."""
     matcher = published.match()
-    plan_tensors(matcher, RECIPES["F32"], cell.tensor_name, cell.runtime, cell.needs)
+    plan_tensors(matcher, RECIPES["F32"], cell.tensor_name, cell.runtime, cell.needs, transforms=cell.transforms)
     return [*matcher.problems, *objections(cell, published.spec)]
 
 

@@ -16,7 +16,10 @@ Headers = Mapping[str, TensorHeader]
 
 @dataclass(frozen=True)
 class Kind:
-    """One drafter kind. `read_spec` raises `WrongInput` naming the key; `ignored` config keys mean nothing for it."""
+    """One drafter kind. `read_spec` raises `WrongInput` naming the key; `ignored` config keys mean nothing for it.
+
+    `made` are tensors that no checkpoint has but its config implies: vectors by the names in the rules.
+    """
 
     name: str
     summary: str
@@ -25,3 +28,4 @@ class Kind:
     rules: Callable[[ConfigReader], tuple[TensorRule, ...]]
     dropped: Callable[[ConfigReader], tuple[Dropped, ...]]
     ignored: tuple[str, ...]
+    made: Callable[[DrafterSpec], Mapping[str, tuple[float, ...]]] = lambda spec: {}
