@@ -91,7 +91,8 @@ def _closure(survey: Survey, matcher: Matcher) -> Iterator[Finding]:
     for key, stored in survey.tensors.items():
         if key not in matcher.matches:
             yield Finding(f"{stored.name}: the checkpoint has no {describe(key)}")
-    always = {rule.role for rule in rules_of(survey.cell.kind) if not rule.optional}
+    spec = survey.spec or matcher.spec
+    always = {rule.role for rule in rules_of(survey.cell.kind) if rule.needed(spec)}
     for key, match in matcher.matches.items():
         if survey.tensors and key not in survey.tensors and key[0] not in always:
             yield Finding(f"{match.header.name}: in the checkpoint, missing in the file ({describe(key)})")

@@ -13,7 +13,6 @@ from gguf import GGMLQuantizationType, GGUFValueType
 from convert_drafter.converters import provenance
 from convert_drafter.converters.checkpoint import (
     Checkpoint,
-    TensorHeader,
     open_checkpoint,
     read_rows,
     row_ranges,
@@ -264,7 +263,7 @@ def _mispairing(spec: DrafterSpec, target: Target | None) -> Iterator[str]:
 def mask_doubt(spec: DrafterSpec, tokenizer: Tokenizer | None) -> Iterator[str]:
     ours, theirs = spec.mask_token_id, None if tokenizer is None else tokenizer.mask_token_id
     if None not in (ours, theirs) and ours != theirs:
-        yield (f"mask token: the drafter's {ours} is written, the target's tokenizer has {theirs}")
+        yield f"mask token: the drafter's {ours} is written, the target's tokenizer has {theirs}"
 
 
 def _keys(

@@ -168,7 +168,7 @@ def derived_facts(file: GGUFFile, cell: Cell, facts: Facts, target: Target | Non
         yield "target_hidden_size", fusion.shape[-1] // len(captures), f"columns of {fusion.name} / capture layers"
     for field, role, axis in BY_SHAPE[cell.kind]:
         stored = next((file.tensors[n] for n in names_of(cell, (role, None)) if n in file.tensors), None)
-        if stored is not None and stored.shape:
+        if stored is not None and stored.shape and stored.shape[axis] != facts.get("vocab_size"):
             yield field, stored.shape[axis], f"shape of {stored.name}"
     if cell.kind == "dspark":
         there = any(name in file.tensors for name in names_of(cell, (Role.CONFIDENCE, None)))
@@ -255,7 +255,7 @@ def place_tensors(file: GGUFFile, cell: Cell, spec: DrafterSpec) -> tuple[dict[T
         found.setdefault(key, stored)
     present = {role for role, _ in found}
     needed = [
-        rule for rule in rules.values() if not rule.optional or rule.role in present
+        rule for rule in rules.values() if rule.needed(spec) or rule.role in present
     ]  # what one layer has, all do
     absent = [key for rule in needed for key in rule.keys(spec) if key not in found]
     problems += [f"{names_of(cell, key)[0]}: missing ({describe(key)})" for key in absent]

@@ -137,8 +137,9 @@ def _faults(cell: Cell, file: GGUFFile, facts: Mapping[str, Any]) -> list[str]:
 
 
 def _tensor_faults(cell: Cell, spec: DrafterSpec, file: GGUFFile) -> list[str]:
-    known = {cell.tensor_name(key): rule for rule in rules_of(cell.kind) for key in rule.keys(spec)}
-    absent = [f"{name}: missing" for name, rule in known.items() if not rule.optional and name not in file.tensors]
+    rules = [rule for rule in rules_of(cell.kind) if rule.exists(spec)]
+    known = {cell.tensor_name(key): rule for rule in rules for key in rule.keys(spec)}
+    absent = [f"{name}: missing" for name, rule in known.items() if rule.needed(spec) and name not in file.tensors]
     unknown = [f"{name}: unknown tensor" for name in file.tensors if name not in known]
     misshaped = [
         f"{name}: found shape {list(stored.shape)}, expected {list(known[name].expected_shape(spec))}"

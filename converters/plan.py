@@ -62,8 +62,8 @@ def _part(part: T | None) -> T:
 class TensorRule:
     """A checkpoint tensor's place in the hub; `{i}` in `source` is the layer and the name is matched whole.
 
-    An optional tensor may be `required_with` another role: where that one is there, this one has to be. A tensor `of` a
-    fact is there exactly where that fact is true.
+    An optional tensor may be `required_with` another role: where that one is there, this one has to be. One that is
+    `needed_for` a fact is optional without it, one `of` a fact is there exactly where that is true.
     """
 
     source: str
@@ -72,10 +72,14 @@ class TensorRule:
     op: Op = COPY
     optional: bool = False
     required_with: Role | None = None
+    needed_for: str | None = None
     of: str | None = None
 
     def exists(self, spec: DrafterSpec) -> bool:
         return self.of is None or bool(getattr(spec, self.of))
+
+    def needed(self, spec: DrafterSpec) -> bool:
+        return not self.optional if self.needed_for is None else getattr(spec, self.needed_for) is not None
 
     def expected_shape(self, spec: DrafterSpec) -> tuple[int, ...]:
         return tuple(DIMENSIONS[name](spec) for name in self.shape)
@@ -195,7 +199,7 @@ class Matcher:
 
     def check_complete(self) -> None:
         present = {role for role, _ in self.matches}
-        needed = [rule for rule in self.rules if not rule.optional or rule.required_with in present]
+        needed = [rule for rule in self.rules if rule.needed(self.spec) or rule.required_with in present]
         required = {rule.role: rule for rule in reversed(needed)}  # by its first spelling
         for rule in reversed(required.values()):
             for key in rule.keys(self.spec):

@@ -37,6 +37,8 @@ SIGNATURES = (
     Signature("Domino", r"domino_|prefix_gru\."),
     Signature("Laguna DFlash", r"aux_hidden_norms?\.|layers\.\d+\.self_attn\.(g_proj|qkv_proj)\."),
     Signature("Gemma-4 assistant", r"pre_projection\."),
+    Signature("EAGLE-3 with multi-head latent attention", r"midlayer\.self_attn\.(q_a|q_b|kv_a|kv_b)_"),
+    Signature("P-EAGLE", r"mask_hidden"),
     Signature("eagle3", r"midlayer\.|layers\.0\.hidden_norm\."),
     Signature("MTP", r"mtp(_layers)?\.|layers\.\d+\.eh_proj\."),
     Signature("dflash", r"hidden_norm\.weight$"),

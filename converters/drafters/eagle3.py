@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from convert_drafter.converters.config import ConfigReader
 from convert_drafter.converters.drafters import dflash
+from convert_drafter.converters.drafters.captures import read_target_depth, read_target_width
 from convert_drafter.converters.drafters.kind import Headers, Kind
 from convert_drafter.converters.drafters.rope import LLAMA3, llama3_factors, read_half_split, read_rope
 from convert_drafter.converters.ops import ABSOLUTE_IDS, COPY, PERMUTE_ROPE
@@ -61,7 +62,7 @@ def read_spec(reader: ConfigReader, headers: Headers, target: Target | None) -> 
     head_dim = dflash.read_head_dim(reader, headers, kv_heads)
     layer_types = dflash.read_layer_types(reader, layer_count)
     captures = read_captures(reader)
-    width = dflash.read_target_width(reader, headers, target, len(captures))
+    width = read_target_width(reader, headers, target, len(captures))
     check_tables(reader, headers, hidden, width)
     rope = read_rope(reader, head_dim, layer_types, None, ("linear", "yarn", LLAMA3))
     reader.origins["causal"] = "EAGLE-3's definition"
@@ -79,7 +80,7 @@ def read_spec(reader: ConfigReader, headers: Headers, target: Target | None) -> 
         norm_epsilon=reader.get("norm_epsilon", float, "rms_norm_eps", "norm_eps"),
         rope=replace(rope, sections=None),  # of text M-RoPE has one position, and this drafter sees no other
         capture_layers=captures,
-        target_layer_count=dflash.read_target_depth(reader, target),
+        target_layer_count=read_target_depth(reader, target),
         target_hidden_size=width,
         causal=True,
         window=dflash.read_window(reader, layer_types, layer_count),
@@ -163,15 +164,14 @@ def rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
     """Every tensor of the kind; the layer's names as in speculators (`plan.plain_name` knows SafeAILab's)."""
     rotary = COPY if read_half_split(reader) else PERMUTE_ROPE
     no_bias = not reader.find("biases", bool, "attention_bias")
-    reduced = bool(reader.raw) and dflash.read_draft_vocab_size(reader) is not None
     attention = "layers.{i}.self_attn."
     return (
         TensorRule("fc.weight", Role.FUSION, ("hidden", "features")),
         TensorRule("input_norm.weight", Role.FUSION_NORM, ("features",), of="norm_before_fc"),
         TensorRule("norm.weight", Role.OUTPUT_NORM, ("hidden",)),
         TensorRule("embed_tokens.weight", Role.TOKEN_EMBEDDING, ("vocab", "hidden"), optional=True),
-        TensorRule("lm_head.weight", Role.OUTPUT, ("draft_vocab", "hidden"), optional=not reduced),
-        TensorRule("d2t", Role.DRAFT_TO_TARGET, ("draft_vocab",), ABSOLUTE_IDS, optional=not reduced),
+        TensorRule("lm_head.weight", Role.OUTPUT, ("draft_vocab", "hidden"), needed_for="draft_vocab_size"),
+        TensorRule("d2t", Role.DRAFT_TO_TARGET, ("draft_vocab",), ABSOLUTE_IDS, needed_for="draft_vocab_size"),
         TensorRule(ROPE_FACTORS, Role.ROPE_FACTORS, ("rotated_pairs",), optional=True),
         TensorRule("layers.{i}.input_layernorm.weight", Role.ATTN_NORM, ("hidden",)),
         TensorRule("layers.{i}.hidden_norm.weight", Role.ATTN_NORM_2, ("hidden",)),

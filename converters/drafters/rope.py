@@ -131,7 +131,7 @@ def llama3_factors(theta: float, dimensions: int, bands: Llama3Bands) -> tuple[f
     low, high = bands.low_freq_factor, bands.high_freq_factor
 
     def factor(pair: int) -> float:
-        wavelength = 2 * math.pi * theta ** (2 * pair / dimensions)  # tokens
+        wavelength = 2 * math.pi * math.pow(theta, 2 * pair / dimensions)  # tokens
         fits = bands.original_context_length / wavelength
         if fits >= high:
             return 1.0

@@ -66,9 +66,10 @@ def parameter_names(spec: DrafterSpec) -> dict[TensorKey, str]:
     return {key: rule.source_name(key) for rule in rules for key in rule.keys(spec)}
 
 
-REFERENCES: dict[str, Callable[[DrafterSpec, Collection[Role]], nn.Module]] = dict.fromkeys(
-    ("dflash", "dflash2", "dspark"), DFlash
-) | {"eagle3": Eagle3}
+REFERENCES: Mapping[str, Callable[[DrafterSpec, Collection[Role]], nn.Module]] = {
+    **dict.fromkeys(("dflash", "dflash2", "dspark"), DFlash),
+    "eagle3": Eagle3,
+}
 
 
 def reference(spec: DrafterSpec, weights: Mapping[TensorKey, NDArray[Any]]) -> Any:
