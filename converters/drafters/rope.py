@@ -10,6 +10,8 @@ import math
 from collections.abc import Iterable
 from typing import TypeVar
 
+import numpy as np
+
 from convert_drafter.converters.config import ConfigReader
 from convert_drafter.converters.spec import MROPE_SECTIONS, PAPER, Llama3Bands, Rope, RopeScaling, yarn_attention
 
@@ -127,20 +129,13 @@ def read_llama3(reader: ConfigReader) -> Llama3Bands | None:
 
 
 def llama3_factors(theta: float, dimensions: int, bands: Llama3Bands) -> tuple[float, ...]:
-    """What each rotated pair's frequency is divided by (transformers' `_compute_llama3_parameters`)."""
-    low, high = bands.low_freq_factor, bands.high_freq_factor
-
-    def factor(pair: int) -> float:
-        wavelength = 2 * math.pi * math.pow(theta, 2 * pair / dimensions)  # tokens
-        fits = bands.original_context_length / wavelength
-        if fits >= high:
-            return 1.0
-        if fits <= low:
-            return bands.factor
-        kept = (fits - low) / (high - low)
-        return 1 / ((1 - kept) / bands.factor + kept)
-
-    return tuple(map(factor, range(dimensions // 2)))
+    """What each rotated pair's frequency is divided by, in f32 as transformers' `_compute_llama3_parameters` has it."""
+    low, high, factor = (np.float32(x) for x in (bands.low_freq_factor, bands.high_freq_factor, bands.factor))
+    frequencies = 1 / np.float32(theta) ** (np.arange(0, dimensions, 2, dtype=np.float32) / np.float32(dimensions))
+    fits = np.float32(bands.original_context_length) / (np.float32(2 * math.pi) / frequencies)
+    kept = (fits - low) / (high - low)
+    factors = np.where(fits > high, 1, np.where(fits < low, factor, 1 / ((1 - kept) / factor + kept)))
+    return tuple(map(float, factors))
 
 
 def read_scaling(reader: ConfigReader, scalings: tuple[str, ...]) -> RopeScaling | None:
