@@ -33,7 +33,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def outcomes(file: Path, **options: Any) -> tuple[dict[str, Outcome], Any]:
-    verdict = verify(VerifyJob(file, (TARGET,), prompts=PROMPTS, max_prompts=6, new_tokens=48, **options))
+    verdict = verify(VerifyJob(file, (TARGET,), prompts=PROMPTS, max_prompts=6, new_tokens=32, contexts=(), **options))
     return {gate.name: gate.outcome for gate in verdict.gates}, verdict
 
 
@@ -55,7 +55,7 @@ IDS = "eagle3.target_layers"
 FAULTS: dict[str, tuple[Callable[[Draft], object], str]] = {
     "q and k not permuted": (unpermuted, "RoPE rows of q"),
     "no theta": (lambda d: d.set("rope.freq_base", 10000.0), "rope.theta: 10000 -> 500000"),
-    "T-51 ids one higher": (lambda d: d.set(IDS, (2, 4, 6)), "capture_layers: [1, 3, 5] -> [0, 2, 4]"),
+    "T-52 a triple made up": (lambda d: d.set(IDS, (2, 3, 4)), "capture_layers: [1, 2, 3] -> [0, 2, 4]"),
     "ids in another order": (lambda d: d.set(IDS, (5, 3, 1)), "capture_layers: [4, 2, 0] -> [0, 2, 4]"),
     "another residual": (lambda d: d.set("norm_before_residual", True), "norm_before_residual: true -> false"),
 }
@@ -69,7 +69,6 @@ def test_a_planted_fault_is_found_and_named(name: str, file: Path, tmp_path: Pat
     spoilt = draft.write(tmp_path / "spoilt.gguf")
     found, verdict = outcomes(spoilt, source=EAGLE, diagnose=True)
     assert Outcome.FAIL in (found["structure"], found["same drafts"])
-    assert found["acceptance"] is Outcome.FAIL, verdict.gates
+    assert found["lossless"] is Outcome.PASS  # whatever is drafted, the text stays the target's
     assert verdict.diagnosis is not None and verdict.diagnosis.found is not None, verdict.diagnosis
-    print(verdict.diagnosis.found.name)
     assert verdict.diagnosis.found.name.startswith(cause)
