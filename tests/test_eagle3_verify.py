@@ -50,7 +50,8 @@ def unpermuted(draft: Draft) -> None:
         draft.put(f"blk.0.attn_{part}.weight", rows.astype(np.float32), "BF16")
 
 
-# What a runtime runs without a word, and what diagnosis has to say of it without a source.
+# What a runtime runs without a word, and what diagnosis says of it; half a minute each, so not of all every time.
+NAMED = ("q and k not permuted", "another residual")
 IDS = "eagle3.target_layers"
 FAULTS: dict[str, tuple[Callable[[Draft], object], str]] = {
     "q and k not permuted": (unpermuted, "RoPE rows of q"),
@@ -67,8 +68,9 @@ def test_a_planted_fault_is_found_and_named(name: str, file: Path, tmp_path: Pat
     draft = Draft.of(file)
     edit(draft)
     spoilt = draft.write(tmp_path / "spoilt.gguf")
-    found, verdict = outcomes(spoilt, source=EAGLE, diagnose=True)
+    found, verdict = outcomes(spoilt, source=EAGLE, diagnose=name in NAMED)
     assert Outcome.FAIL in (found["structure"], found["same drafts"])
     assert found["lossless"] is Outcome.PASS  # whatever is drafted, the text stays the target's
-    assert verdict.diagnosis is not None and verdict.diagnosis.found is not None, verdict.diagnosis
-    assert verdict.diagnosis.found.name.startswith(cause)
+    if name in NAMED:
+        assert verdict.diagnosis is not None and verdict.diagnosis.found is not None, verdict.diagnosis
+        assert verdict.diagnosis.found.name.startswith(cause)
