@@ -168,6 +168,11 @@ class DrafterSpec:
             return CHAIN_LENGTH
         return self.block_size if self.sample_from_anchor else self.block_size - 1
 
+    @property
+    def other_width(self) -> bool | None:
+        """True where the target's embedding does not fit, and the drafter needs one of its own."""
+        return self.hidden_size != self.target_hidden_size or None
+
     def __post_init__(self) -> None:
         facts = facts_of(self)
         for field in sorted(OF_KIND.get(self.kind, frozenset()) - set(facts)):

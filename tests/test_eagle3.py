@@ -343,6 +343,9 @@ def offsets(draft: Draft) -> None:
             lambda d: d.set("eagle3.norm_before_residual", True), "norm_before_residual", id="another residual"
         ),
         pytest.param(lambda d: d.tensors.pop("d2t"), "d2t", id="P-41 no d2t"),
+        pytest.param(
+            lambda d: d.set("eagle3.target_hidden_size", 512), "token_embd.weight: missing", id="no table that fits"
+        ),
         pytest.param(lambda d: d.set("eagle3.block_count", 2), "eagle3.block_count", id="two layers"),
     ],
 )

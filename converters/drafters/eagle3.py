@@ -169,7 +169,7 @@ def rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
         TensorRule("fc.weight", Role.FUSION, ("hidden", "features")),
         TensorRule("input_norm.weight", Role.FUSION_NORM, ("features",), of="norm_before_fc"),
         TensorRule("norm.weight", Role.OUTPUT_NORM, ("hidden",)),
-        TensorRule("embed_tokens.weight", Role.TOKEN_EMBEDDING, ("vocab", "hidden"), optional=True),
+        TensorRule("embed_tokens.weight", Role.TOKEN_EMBEDDING, ("vocab", "hidden"), needed_for="other_width"),
         TensorRule("lm_head.weight", Role.OUTPUT, ("draft_vocab", "hidden"), needed_for="draft_vocab_size"),
         TensorRule("d2t", Role.DRAFT_TO_TARGET, ("draft_vocab",), ABSOLUTE_IDS, needed_for="draft_vocab_size"),
         TensorRule(ROPE_FACTORS, Role.ROPE_FACTORS, ("rotated_pairs",), optional=True),
