@@ -125,8 +125,7 @@ def _vocabulary(survey: Survey, path: Path, target: Target) -> Iterator[Remark]:
         yield Remark(f"vocabulary: not compared: {why}", Outcome.UNDECIDED)
     elif known != theirs.vocab_sha256:
         yield from _different(keys, texts, recorded, theirs, target)
-    elif theirs.mask_token_id not in (None, survey.facts.get("mask_token_id")):
-        mask = survey.facts.get("mask_token_id")
+    elif (mask := survey.facts.get("mask_token_id")) is not None and theirs.mask_token_id not in (None, mask):
         yield Remark(f"mask token: the file has {mask}, the target's tokenizer {theirs.mask_token_id}", Outcome.ADVICE)
 
 

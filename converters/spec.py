@@ -36,6 +36,29 @@ class RopeScaling:
                 raise BadFact(f"rope.scaling.{field.name}", value, "a finite number above 0")
 
 
+@dataclass(frozen=True)
+class Llama3Bands:
+    """Llama 3's scaling by bands of wavelengths: short ones keep their frequency, long ones are divided by `factor`.
+
+    A wavelength counts by how often it fits into the original context: more than `high_freq_factor` times is short,
+    less than `low_freq_factor` times is long, and in between is blended.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_context_length: int  # tokens
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not (math.isfinite(value) and value > 0):
+                raise BadFact(f"rope.llama3.{field.name}", value, "a finite number above 0")
+        if self.high_freq_factor <= self.low_freq_factor:
+            low = f"above low_freq_factor {self.low_freq_factor}"
+            raise BadFact("rope.llama3.high_freq_factor", self.high_freq_factor, low)
+
+
 # What YaRN's parameters are when nobody says otherwise.
 PAPER = {"extrapolation_factor": 1.0, "beta_fast": 32.0, "beta_slow": 1.0}
 
@@ -56,6 +79,7 @@ class Rope:
     dimensions: int
     scaling: RopeScaling | None = None
     sections: tuple[int, ...] | None = None
+    llama3: Llama3Bands | None = None
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.theta) and self.theta > 0):
@@ -64,6 +88,8 @@ class Rope:
             raise BadFact("rope.dimensions", self.dimensions, "an even number above 0")
         if self.sections is not None and len(self.sections) != MROPE_SECTIONS:
             raise BadFact("rope.sections", self.sections, f"{MROPE_SECTIONS} widths")
+        if self.scaling is not None and self.llama3 is not None:
+            raise BadFact("rope.scaling.method", self.scaling.method, "one scaling, and there is Llama 3's as well")
 
 
 @dataclass(frozen=True)
@@ -132,6 +158,8 @@ class DrafterSpec:
     confidence_head: bool | None = None
     sample_from_anchor: bool | None = None  # the anchor's own place drafts the first token
     draft_vocab_size: int | None = None  # rows of the drafter's own head, where they are not the target's
+    norm_before_residual: bool | None = None  # is the feature normed before it goes into the residual too
+    norm_before_fc: bool | None = None  # are captured states normed before they are fused
 
     @property
     def draft_length(self) -> int:
@@ -139,6 +167,11 @@ class DrafterSpec:
         if self.block_size is None:
             return CHAIN_LENGTH
         return self.block_size if self.sample_from_anchor else self.block_size - 1
+
+    @property
+    def other_width(self) -> bool | None:
+        """True where the target's embedding does not fit, and the drafter needs one of its own."""
+        return self.hidden_size != self.target_hidden_size or None
 
     def __post_init__(self) -> None:
         facts = facts_of(self)
@@ -190,6 +223,7 @@ OF_KIND: dict[str, frozenset[str]] = {
     "dflash": _BLOCK,
     "dflash2": _BLOCK | {"convolution.kernel_size", "convolution.group_size", "selector.rank", "selector.top_k"},
     "dspark": _BLOCK | {"markov_rank", "confidence_head", "sample_from_anchor"},
+    "eagle3": frozenset({"capture_layers", "norm_before_residual", "norm_before_fc"}),
 }
 
 
@@ -198,6 +232,7 @@ OF_KIND: dict[str, frozenset[str]] = {
 _NESTED: dict[str, type] = {
     "rope": Rope,
     "rope.scaling": RopeScaling,
+    "rope.llama3": Llama3Bands,
     "window": SlidingWindow,
     "convolution": Convolution,
     "selector": Selector,

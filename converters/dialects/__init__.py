@@ -10,7 +10,10 @@ from convert_drafter.converters.errors import WrongUsage
 
 CELLS: dict[tuple[str, str], Cell] = {
     (cell.kind, cell.runtime): cell
-    for cell in (llama_cpp.DFLASH, ik_llama_cpp.DFLASH, lucebox.DFLASH, llama_cpp.DFLASH2, llama_cpp.DSPARK)
+    for cell in (
+        *(llama_cpp.DFLASH, ik_llama_cpp.DFLASH, lucebox.DFLASH),
+        *(llama_cpp.DFLASH2, llama_cpp.DSPARK, llama_cpp.EAGLE3),
+    )
 }
 RUNTIMES: tuple[str, ...] = tuple(dict.fromkeys(runtime for _, runtime in CELLS))
 
