@@ -14,7 +14,8 @@ from convert_drafter.converters.drafters import rules_of
 from convert_drafter.converters.encoding import cores
 from convert_drafter.converters.gguf_file import StoredTensor
 from convert_drafter.converters.gguf_read import GGUFFile
-from convert_drafter.converters.plan import Matcher
+from convert_drafter.converters.ops import COPY, then
+from convert_drafter.converters.plan import Match, Matcher
 from convert_drafter.converters.roles import describe
 from convert_drafter.converters.source_facts import IGNORED, fact_findings, noted, unread_settings
 from convert_drafter.converters.structure import Finding, Survey
@@ -74,10 +75,15 @@ def _another_drafter(survey: Survey, published: Published) -> str:
 
 def _pairs(survey: Survey, matcher: Matcher, head_dim: int) -> list[tuple[StoredTensor, Source]]:
     return [
-        (stored, Source(matcher.matches[key].header, matcher.matches[key].rule.op, head_dim))
+        (stored, _source(survey, matcher.matches[key], head_dim))
         for key, stored in survey.tensors.items()
         if key in matcher.matches
     ]
+
+
+def _source(survey: Survey, match: Match, head_dim: int) -> Source:
+    """A checkpoint's tensor as a file of this cell has it."""
+    return Source(match.header, then(match.rule.op, survey.cell.transforms.get(match.key[0], COPY)), head_dim)
 
 
 def _closure(survey: Survey, matcher: Matcher) -> Iterator[Finding]:
@@ -85,7 +91,8 @@ def _closure(survey: Survey, matcher: Matcher) -> Iterator[Finding]:
     for key, stored in survey.tensors.items():
         if key not in matcher.matches:
             yield Finding(f"{stored.name}: the checkpoint has no {describe(key)}")
-    always = {rule.role for rule in rules_of(survey.cell.kind) if not rule.optional}
+    spec = survey.spec or matcher.spec
+    always = {rule.role for rule in rules_of(survey.cell.kind) if rule.needed(spec)}
     for key, match in matcher.matches.items():
         if survey.tensors and key not in survey.tensors and key[0] not in always:
             yield Finding(f"{match.header.name}: in the checkpoint, missing in the file ({describe(key)})")
@@ -142,7 +149,7 @@ def _explained(survey: Survey, matcher: Matcher, sources: Mapping[str, Source], 
     own = sources[wrong.name]
     limit = max(wrong.allowed, 1e-3)
     for match in matcher.matches.values():
-        other = Source(match.header, match.rule.op, own.head_dim)
+        other = _source(survey, match, own.head_dim)
         name = match.header.name
         if match.header.shape == stored.shape and name != own.header.name and _near(here, _at(other, rows), limit):
             return f"; it holds what the checkpoint calls {name}"

@@ -82,7 +82,8 @@ class Published:
     def match(self, ignore: Sequence[str] = ()) -> Matcher:
         """Every tensor's place, with what does not fit; `ignore` are glob patterns of tensors to leave out."""
         rules, dropped = self.kind.rules(self.reader), self.kind.dropped(self.reader)
-        matcher = match_tensors(self.spec, rules, dropped, self.checkpoint.tensors, ignore)
+        tensors = {**self.checkpoint.tensors, **self.kind.implied(self.spec, self.checkpoint.config_path)}
+        matcher = match_tensors(self.spec, rules, dropped, tensors, ignore)
         matcher.dropped += [Dropped(name, reason) for name, reason in self.checkpoint.left_out.items()]
         return matcher
 
@@ -152,7 +153,7 @@ def prepare(job: ConvertJob) -> Conversion:
     matcher = published.match(job.ignore)
     importance = read_importance(job.importance) if job.importance else None
     options = replace(job.options, importance=importance is not None)
-    plan = plan_tensors(matcher, recipe, cell.tensor_name, cell.runtime, cell.needs, options)
+    plan = plan_tensors(matcher, recipe, cell.tensor_name, cell.runtime, cell.needs, options, cell.transforms)
     target, architecture = published.target, published.target.architecture if published.target else None
     problems = [
         *matcher.problems,
@@ -270,9 +271,9 @@ def _mispairing(spec: DrafterSpec, target: Target | None) -> Iterator[str]:
 
 
 def mask_doubt(spec: DrafterSpec, tokenizer: Tokenizer | None) -> Iterator[str]:
-    masks = (spec.mask_token_id, None if tokenizer is None else tokenizer.mask_token_id)
-    if None not in masks and masks[0] != masks[1]:
-        yield (f"mask token: the drafter's {masks[0]} is written, the target's tokenizer has {masks[1]}")
+    ours, theirs = spec.mask_token_id, None if tokenizer is None else tokenizer.mask_token_id
+    if None not in (ours, theirs) and ours != theirs:
+        yield f"mask token: the drafter's {ours} is written, the target's tokenizer has {theirs}"
 
 
 def _keys(

@@ -42,6 +42,7 @@ _REDUCED = ("draft_vocab_size", Role.DRAFT_TO_TARGET, 0)
 BY_SHAPE: dict[str, tuple[tuple[str, Role, int], ...]] = {
     "dflash": (_REDUCED,),
     "dflash2": (_REDUCED,),
+    "eagle3": (_REDUCED,),
     "dspark": (_REDUCED, ("markov_rank", Role.MARKOV_IN, 1)),
 }
 FROM_TARGET = ("target_layer_count", "vocab_size")
@@ -174,7 +175,7 @@ def derived_facts(file: GGUFFile, cell: Cell, facts: Facts, target: Target | Non
         yield "target_hidden_size", fusion.shape[-1] // len(captures), f"columns of {fusion.name} / capture layers"
     for field, role, axis in BY_SHAPE.get(cell.kind, ()):
         stored = next((file.tensors[n] for n in names_of(cell, (role, None)) if n in file.tensors), None)
-        if stored is not None and stored.shape:
+        if stored is not None and stored.shape and stored.shape[axis] != facts.get("vocab_size"):
             yield field, stored.shape[axis], f"shape of {stored.name}"
     if cell.kind == "dspark":
         there = any(name in file.tensors for name in names_of(cell, (Role.CONFIDENCE, None)))
@@ -185,7 +186,7 @@ def derived_facts(file: GGUFFile, cell: Cell, facts: Facts, target: Target | Non
     yield "target_layer_count", target.layer_count, origin
     yield "vocab_size", target.vocab_size, origin
     # as a conversion has them from the target; a dialect with a key for them has said that there are none
-    unsaid = {"embedding_scale", "rope.sections"} - {row.field for row in cell.rows}
+    unsaid = cell.from_target - {row.field for row in cell.rows}
     if "embedding_scale" in unsaid and target.embedding_scale is not None:
         yield "embedding_scale", target.embedding_scale, f"{origin} scales its embeddings"
     if "rope.sections" in unsaid and target.uses_mrope and "rope.dimensions" in facts:
@@ -245,7 +246,7 @@ def names_of(cell: Cell, key: TensorKey) -> list[str]:
 
 def place_tensors(file: GGUFFile, cell: Cell, spec: DrafterSpec) -> tuple[dict[TensorKey, StoredTensor], list[str]]:
     """Every tensor's place in the hub, and what does not fit."""
-    rules = {rule.role: rule for rule in reversed(rules_of(cell.kind))}
+    rules = {rule.role: rule for rule in reversed(rules_of(cell.kind)) if rule.exists(spec)}
     known = {name: (key, rule) for rule in rules.values() for key in rule.keys(spec) for name in names_of(cell, key)}
     found, problems = dict[TensorKey, StoredTensor](), list[str]()
     for stored in file.tensors.values():
@@ -261,7 +262,7 @@ def place_tensors(file: GGUFFile, cell: Cell, spec: DrafterSpec) -> tuple[dict[T
         found.setdefault(key, stored)
     present = {role for role, _ in found}
     needed = [
-        rule for rule in rules.values() if not rule.optional or rule.role in present
+        rule for rule in rules.values() if rule.needed(spec) or rule.role in present
     ]  # what one layer has, all do
     absent = [key for rule in needed for key in rule.keys(spec) if key not in found]
     problems += [f"{names_of(cell, key)[0]}: missing ({describe(key)})" for key in absent]

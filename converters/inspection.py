@@ -95,7 +95,7 @@ def _storage(published: Published) -> dict[str, str]:
 def _refusals(published: Published, cell: Cell) -> list[str]:
     """Why this runtime could not run the checkpoint: tensors and facts, as a conversion would say it."""
     matcher = published.match()
-    plan_tensors(matcher, RECIPES["F32"], cell.tensor_name, cell.runtime, cell.needs)
+    plan_tensors(matcher, RECIPES["F32"], cell.tensor_name, cell.runtime, cell.needs, transforms=cell.transforms)
     return [*matcher.problems, *objections(cell, published.spec)]
 
 
@@ -137,8 +137,9 @@ def _faults(cell: Cell, file: GGUFFile, facts: Mapping[str, Any]) -> list[str]:
 
 
 def _tensor_faults(cell: Cell, spec: DrafterSpec, file: GGUFFile) -> list[str]:
-    known = {cell.tensor_name(key): rule for rule in rules_of(cell.kind) for key in rule.keys(spec)}
-    absent = [f"{name}: missing" for name, rule in known.items() if not rule.optional and name not in file.tensors]
+    rules = [rule for rule in rules_of(cell.kind) if rule.exists(spec)]
+    known = {cell.tensor_name(key): rule for rule in rules for key in rule.keys(spec)}
+    absent = [f"{name}: missing" for name, rule in known.items() if rule.needed(spec) and name not in file.tensors]
     unknown = [f"{name}: unknown tensor" for name in file.tensors if name not in known]
     misshaped = [
         f"{name}: found shape {list(stored.shape)}, expected {list(known[name].expected_shape(spec))}"

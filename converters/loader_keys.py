@@ -33,6 +33,8 @@ ONLY: dict[str, dict[str, Known]] = {
         "conv_kernel_size": NONE, "conv_group_size": NONE, "selector_rank": NONE, "selector_top_k": NONE,
         "pooling_type": NONE, "classifier.pooling_type": NONE,
         "attention.scale": (T.FLOAT32, (0.0,)),
+        # no facts of EAGLE-3's, but read all the same
+        "attention.causal": (T.BOOL, (True,)), "attention.sliding_window": NONE,
         "rope.scale_linear": (T.FLOAT32, (0.0, 1.0)), "rope.scaling.alpha": (T.FLOAT32, (0.0,)),
         "rope.scaling.finetuned": (T.BOOL, ()),
     }

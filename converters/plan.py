@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from convert_drafter.converters.checkpoint import TensorHeader
 from convert_drafter.converters.errors import Problems
-from convert_drafter.converters.ops import COPY, Op
+from convert_drafter.converters.ops import COPY, Op, then
 from convert_drafter.converters.recipe_rules import Facts
 from convert_drafter.converters.recipes import Choice, Recipe
 from convert_drafter.converters.roles import Role, TensorKey, describe, role_name
@@ -26,6 +26,7 @@ from convert_drafter.converters.type_choice import Candidate, TypeOptions, choos
 from convert_drafter.quant import I64, TYPES
 
 T = TypeVar("T")
+ONLY_LAYER = "midlayer."  # SafeAILab's name of EAGLE-3's layer
 READABLE_DTYPES, ID_DTYPES = ("F32", "F16", "BF16"), ("I64", "I32")
 
 # Every width a drafter tensor can have, in words; shapes in rules are written with these, in torch order [out, in].
@@ -33,6 +34,8 @@ DIMENSIONS: dict[str, Callable[[DrafterSpec], int]] = {
     "one": lambda s: 1,
     "two": lambda s: 2,
     "hidden": lambda s: s.hidden_size,
+    "pair": lambda s: 2 * s.hidden_size,
+    "rotated_pairs": lambda s: s.rope.dimensions // 2,
     "features": lambda s: len(s.capture_layers) * s.target_hidden_size,
     "heads": lambda s: s.head_count,
     "head_dim": lambda s: s.head_dim,
@@ -65,7 +68,8 @@ class TensorRule:
 
     `{j}` is the layer counted from the drafter's first; a source without either is the first layer's.
 
-    An optional tensor may be `required_with` another role: where that one is there, this one has to be.
+    An optional tensor may be `required_with` another role: where that one is there, this one has to be. One that is
+    `needed_for` a fact is optional without it, one `of` a fact is there exactly where that is true.
     """
 
     source: str
@@ -74,6 +78,14 @@ class TensorRule:
     op: Op = COPY
     optional: bool = False
     required_with: Role | None = None
+    needed_for: str | None = None
+    of: str | None = None
+
+    def exists(self, spec: DrafterSpec) -> bool:
+        return self.of is None or bool(getattr(spec, self.of))
+
+    def needed(self, spec: DrafterSpec) -> bool:
+        return not self.optional if self.needed_for is None else getattr(spec, self.needed_for) is not None
 
     def expected_shape(self, spec: DrafterSpec) -> tuple[int, ...]:
         return tuple(DIMENSIONS[name](spec) for name in self.shape)
@@ -154,16 +166,18 @@ def leave_out(name: str) -> str:
 
 
 def plain_name(name: str) -> str:
-    """Some exports put the drafter, or a target's text model, under `model.`; the rules are written without it."""
-    return name.removeprefix("model.").removeprefix("language_model.")
+    """The name that rules are written in: some exports put the drafter or its target's text model under `model.`, or
+    the drafter's one layer elsewhere."""
+    name = name.removeprefix("model.").removeprefix("language_model.")
+    return f"layers.0.{name.removeprefix(ONLY_LAYER)}" if name.startswith(ONLY_LAYER) else name
 
 
 class Matcher:
     """Gives every source tensor its place, and collects what does not fit."""
 
     def __init__(self, spec: DrafterSpec, rules: Sequence[TensorRule], dropped: Sequence[Dropped]) -> None:
-        self.spec, self.rules = spec, rules
-        self._rules = [(_pattern(rule.source), rule) for rule in rules]
+        self.spec, self.rules = spec, [rule for rule in rules if rule.exists(spec)]
+        self._rules = [(_pattern(rule.source), rule) for rule in self.rules]
         self._dropped = [(_pattern(drop.source), drop) for drop in dropped]
         self.matches: dict[TensorKey, Match] = {}
         self.dropped: list[Dropped] = []
@@ -202,7 +216,7 @@ class Matcher:
 
     def check_complete(self) -> None:
         present = {role for role, _ in self.matches}
-        needed = [rule for rule in self.rules if not rule.optional or rule.required_with in present]
+        needed = [rule for rule in self.rules if rule.needed(self.spec) or rule.required_with in present]
         required = {rule.role: rule for rule in reversed(needed)}  # by its first spelling
         for rule in reversed(required.values()):
             for key in rule.keys(self.spec):
@@ -239,11 +253,13 @@ def plan_tensors(
     runtime: str,
     needs: Mapping[Role, Role] | None = None,
     options: TypeOptions | None = None,
+    transforms: Mapping[Role, Op] | None = None,
 ) -> Plan:
     """Name and type every matched tensor, in the order of the rules, layer by layer.
 
     `names` gives the runtime's name of a role, None where it has none: that is a problem, never a silent loss. `needs`
-    are the roles the runtime takes only together with another one. What is wrong is added to the matcher's problems.
+    are the roles the runtime takes only together with another one, `transforms` what it wants done to some tensors.
+    What is wrong is added to the matcher's problems.
     """
     order = {rule.role: n for n, rule in enumerate(matcher.rules)}
     keys = sorted(matcher.matches, key=lambda key: (-1 if key[1] is None else key[1], order[key[0]]))
@@ -253,7 +269,14 @@ def plan_tensors(
     matches = [matcher.matches[key] for key in named]
     choices = _choose(recipe, matches, matcher, options)
     planned = (
-        PlannedTensor(match.key, match.header, match.rule.op, named[match.key], match.header.shape, choice)
+        PlannedTensor(
+            match.key,
+            match.header,
+            then(match.rule.op, (transforms or {}).get(match.key[0], COPY)),
+            named[match.key],
+            match.header.shape,
+            choice,
+        )
         for match, choice in zip(matches, choices, strict=True)
     )
     return Plan(tuple(planned), tuple(matcher.dropped))

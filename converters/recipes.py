@@ -57,8 +57,13 @@ class Choice:
 # --- what a drafter has ---
 
 F32_IN_DRAFTERS = (
-    Named("norm", ("*norm.weight",), why="the GPU kernels of all runtimes assert F32, and it is a few kilobytes"),
+    Named(
+        "norm",
+        ("*norm.weight", "*norm_2.weight"),
+        why="the GPU kernels of all runtimes assert F32, and it is a few kilobytes",
+    ),
     Named("base of a convolution", ("*_conv_base",), why="added to every output; llama.cpp's converter writes F32"),
+    Named("factor per rotated pair", ("rope_freqs.weight",), why="ggml's rope kernels assert F32"),
     Named("scalar per head", ("*attn_sinks.weight",), why="one number a head; the kernels assert F32"),
     Named("router", ("*ffn_gate_inp*",), why="it chooses experts; llama.cpp's converter writes F32"),
     Named("one confidence per token", ("conf_proj.*",), why="decides how many tokens are drafted; a single row"),

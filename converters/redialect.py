@@ -112,6 +112,8 @@ def prepare_redialect(job: RedialectJob) -> Redialection:
     refuse_overwriting(job.out, _files_read(job))
     moves, unnamed = _rename(drafter.tensors, cell)
     architecture = _architecture(file, target)
+    if drafter.cell.transforms != cell.transforms:  # bytes are copied here
+        unnamed.append(f"{cell.runtime} wants the rows of queries and keys in another order: convert the checkpoint")
     problems = [*drafter.problems, *unnamed, *objections(cell, spec, architecture), *_mispairing(spec, target)]
     if problems:
         raise Problems(str(job.source), problems)

@@ -13,9 +13,11 @@ class Role(Enum):
     FUSION = "fc.weight"  # captured hidden states -> one context feature
     FUSION_NORM = "enc.output_norm.weight"
     OUTPUT_NORM = "output_norm.weight"
+    ROPE_FACTORS = "rope_freqs.weight"  # what each rotated pair's frequency is divided by
     TOKEN_EMBEDDING = "token_embd.weight"
     OUTPUT = "output.weight"
     ATTN_NORM = "blk.{i}.attn_norm.weight"
+    ATTN_NORM_2 = "blk.{i}.attn_norm_2.weight"  # of the feature, where ATTN_NORM is of the token's embedding
     ATTN_Q = "blk.{i}.attn_q.weight"
     ATTN_K = "blk.{i}.attn_k.weight"
     ATTN_V = "blk.{i}.attn_v.weight"

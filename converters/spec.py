@@ -2,131 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from convert_drafter.converters.errors import BadFact
+from convert_drafter.converters.spec_parts import (
+    MROPE_SECTIONS,
+    PAPER,
+    Convolution,
+    Experts,
+    LinearAttention,
+    Llama3Bands,
+    Rope,
+    RopeScaling,
+    Selector,
+    SlidingWindow,
+    yarn_attention,
+)
 
-MROPE_SECTIONS = 4
 MAX_VOCAB = 2**24
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies are stretched beyond the trained context.
-
-    `method` is "linear" or "yarn"; `factor` is a ratio of context lengths; an optional number is None where it is the
-    YaRN paper's (arXiv 2309.00071: PAPER below), said or unsaid.
-    """
-
-    method: str
-    factor: float
-    original_context_length: int | None = None
-    extrapolation_factor: float | None = None
-    attention_factor: float | None = None
-    beta_fast: float | None = None
-    beta_slow: float | None = None
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name != "method" and value is not None and not (math.isfinite(value) and value > 0):
-                raise BadFact(f"rope.scaling.{field.name}", value, "a finite number above 0")
-
-
-# What YaRN's parameters are when nobody says otherwise.
-PAPER = {"extrapolation_factor": 1.0, "beta_fast": 32.0, "beta_slow": 1.0}
-
-
-def yarn_attention(factor: float) -> float:
-    """The paper's attention factor for a scaling factor; ggml's rope kernel multiplies it in by itself."""
-    return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary embedding: base, rotated dimensions per head (the first ones, rotate-half), scaling.
-
-    `sections` is None unless the target positions its tokens with M-RoPE; then it holds the four section widths.
-    """
-
-    theta: float
-    dimensions: int
-    scaling: RopeScaling | None = None
-    sections: tuple[int, ...] | None = None
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.theta) and self.theta > 0):
-            raise BadFact("rope.theta", self.theta, "a finite number above 0")
-        if self.dimensions <= 0 or self.dimensions % 2:
-            raise BadFact("rope.dimensions", self.dimensions, "an even number above 0")
-        if self.sections is not None and len(self.sections) != MROPE_SECTIONS:
-            raise BadFact("rope.sections", self.sections, f"{MROPE_SECTIONS} widths")
-
-
-@dataclass(frozen=True)
-class SlidingWindow:
-    """A key is visible to a query of a sliding layer while `query position - key position < size` (tokens)."""
-
-    size: int
-    layers: tuple[bool, ...]  # one per layer, True = sliding
-
-    def __post_init__(self) -> None:
-        if self.size <= 0:
-            raise BadFact("window.size", self.size, "a number of tokens above 0")
-        if not any(self.layers):
-            raise BadFact("window.layers", self.layers, "at least one sliding layer (else the drafter has no window)")
-
-
-@dataclass(frozen=True)
-class Convolution:
-    """DFlash2's filters along a block: taps (the current token is the first), channels that share a dynamic kernel."""
-
-    kernel_size: int
-    group_size: int
-
-
-@dataclass(frozen=True)
-class Selector:
-    """DFlash2's choice among the `top_k` likeliest tokens of a position, by codebooks of `rank` columns."""
-
-    rank: int
-    top_k: int
-
-
-@dataclass(frozen=True)
-class LinearAttention:
-    """The target's layers of gated delta net (Qwen3.5). A head has none, but its file is loaded as its target's.
-
-    Widths of heads in numbers, `kernel_size` in taps; `interval` is the target's own word for every so manieth layer
-    that is none of them.
-    """
-
-    kernel_size: int
-    key_head_dim: int
-    key_head_count: int
-    value_head_count: int
-    value_head_dim: int
-    layers: tuple[bool, ...]  # one per layer of the target, True = linear
-    interval: int | None = None
-
-
-@dataclass(frozen=True)
-class Experts:
-    """A mixture in place of a feed-forward: `used` of `count` experts for a token, and one that is always used.
-
-    An expert's own width is the drafter's `feed_forward_size`.
-    """
-
-    count: int
-    used: int
-    shared_feed_forward_size: int
-
-    def __post_init__(self) -> None:
-        if self.used > self.count:
-            raise BadFact("experts.used", self.used, f"at most the {self.count} experts there are")
 
 
 @dataclass(frozen=True)
@@ -165,6 +60,8 @@ class DrafterSpec:
     confidence_head: bool | None = None
     sample_from_anchor: bool | None = None  # the anchor's own place drafts the first token
     draft_vocab_size: int | None = None  # rows of the drafter's own head, where they are not the target's
+    norm_before_residual: bool | None = None  # is the feature normed before it goes into the residual too
+    norm_before_fc: bool | None = None  # are captured states normed before they are fused
     linear_attention: LinearAttention | None = None
     experts: Experts | None = None
 
@@ -184,6 +81,11 @@ class DrafterSpec:
         if self.block_size is None:
             return CHAIN_LENGTH
         return self.block_size if self.sample_from_anchor else self.block_size - 1
+
+    @property
+    def other_width(self) -> bool | None:
+        """True where the target's embedding does not fit, and the drafter needs one of its own."""
+        return self.hidden_size != self.target_hidden_size or None
 
     def __post_init__(self) -> None:
         facts = facts_of(self)
@@ -249,6 +151,7 @@ OF_KIND: dict[str, frozenset[str]] = {
     "dflash": _BLOCK,
     "dflash2": _BLOCK | {"convolution.kernel_size", "convolution.group_size", "selector.rank", "selector.top_k"},
     "dspark": _BLOCK | {"markov_rank", "confidence_head", "sample_from_anchor"},
+    "eagle3": frozenset({"capture_layers", "norm_before_residual", "norm_before_fc"}),
     "mtp-qwen35": _LINEAR | {"rope.sections"},
     "mtp-qwen35moe": _LINEAR | {"rope.sections", *_EXPERTS},
     "mtp-qwen3next": _LINEAR.union(_EXPERTS),
@@ -263,6 +166,7 @@ HEADS = frozenset(
 _NESTED: dict[str, type] = {
     "rope": Rope,
     "rope.scaling": RopeScaling,
+    "rope.llama3": Llama3Bands,
     "window": SlidingWindow,
     "convolution": Convolution,
     "selector": Selector,
@@ -314,3 +218,27 @@ def _build(part: type, facts: Mapping[str, object], prefix: str) -> Any:
         elif field.default is MISSING:
             raise BadFact(path, None, "a value")
     return part(**values)
+
+
+__all__ = [
+    "CHAIN_LENGTH",
+    "COMMON",
+    "HEADS",
+    "MAX_VOCAB",
+    "MROPE_SECTIONS",
+    "OF_KIND",
+    "PAPER",
+    "Convolution",
+    "DrafterSpec",
+    "Experts",
+    "LinearAttention",
+    "Llama3Bands",
+    "Rope",
+    "RopeScaling",
+    "Selector",
+    "SlidingWindow",
+    "facts_of",
+    "required",
+    "spec_from",
+    "yarn_attention",
+]

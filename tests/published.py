@@ -147,6 +147,34 @@ def reduced_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {"embed_tokens.weight": (vocab, hidden), "lm_head.weight": (rows, hidden), "d2t": (rows,), "t2d": (vocab,)}
 
 
+def eagle3_shapes(config: Mapping[str, Any], layer: str = "midlayer.") -> dict[str, tuple[int, ...]]:
+    """Names and shapes of an EAGLE-3 checkpoint with this config; absent keys are made up as in `_small_widths`."""
+    full = {**_small_widths({"vocab_size": 1, "draft_vocab_size": 1}), "num_key_value_heads": 2, **config}
+    full = {key: _small_widths({}).get(key) if value is None else value for key, value in full.items()}
+    hidden, ff, d = full["hidden_size"], full["intermediate_size"], full["head_dim"]
+    queries, keys = full["num_attention_heads"] * d, full["num_key_value_heads"] * d
+    vocab, rows, width = full["vocab_size"], full["draft_vocab_size"], config.get("target_hidden_size") or hidden
+    shapes: dict[str, tuple[int, ...]] = {
+        "fc.weight": (hidden, 3 * width),
+        "norm.weight": (hidden,),
+        "embed_tokens.weight": (vocab, hidden),
+        "lm_head.weight": (rows, hidden),
+        f"{layer}hidden_norm.weight": (hidden,),
+        f"{layer}input_layernorm.weight": (hidden,),
+        f"{layer}mlp.down_proj.weight": (hidden, ff),
+        f"{layer}mlp.gate_proj.weight": (ff, hidden),
+        f"{layer}mlp.up_proj.weight": (ff, hidden),
+        f"{layer}post_attention_layernorm.weight": (hidden,),
+        f"{layer}self_attn.k_proj.weight": (keys, 2 * hidden),
+        f"{layer}self_attn.o_proj.weight": (hidden, queries),
+        f"{layer}self_attn.q_proj.weight": (queries, 2 * hidden),
+        f"{layer}self_attn.v_proj.weight": (keys, 2 * hidden),
+    }
+    if full.get("norm_before_fc"):
+        shapes["input_norm.weight"] = (3 * width,)
+    return shapes | ({"d2t": (rows,), "t2d": (vocab,)} if rows < vocab else {})
+
+
 def random_tensors(shapes: Mapping[str, tuple[int, ...]], dtype: Any = ml_dtypes.bfloat16) -> dict[str, np.ndarray]:
     """Seeded normal weights; the same name and shape always give the same numbers."""
     out = {}

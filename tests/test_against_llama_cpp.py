@@ -312,6 +312,7 @@ def golden() -> list[dict[str, Any]]:
 
 # Without head_dim llama.cpp's converter leaves it to a default or writes one that the tensors contradict.
 WRONG_SHAPES = ("no head_dim", "no head_dim, no model_type")
+GUESSED = ("eagle3 with llama3 scaling",)  # capture layers: of so shallow a target one of them twice
 
 
 @pytest.mark.engine
@@ -328,7 +329,7 @@ def test_same_as_llama_cpp_or_listed(
     problems = list(verdict(found, listed_for(name, recipe, golden())))
     assert not problems, "\n".join(problems)
     assert ours == "", "inspect has to take our own file"
-    assert (upstream != "") == (name in WRONG_SHAPES), upstream
+    assert (upstream != "") == (name in (*WRONG_SHAPES, *GUESSED)), upstream
 
 
 def test_golden_list_speaks_of_known_cases_and_gives_reasons() -> None:

@@ -26,6 +26,7 @@ LAGUNA = ("fc.weight", "hidden_norm.weight", "aux_hidden_norms.0.weight", "layer
 LAGUNA_GATED = ("fc.weight", "hidden_norm.weight", "layers.0.self_attn.g_proj.weight")
 EAGLE3 = ("fc.weight", "midlayer.hidden_norm.weight", "midlayer.self_attn.q_proj.weight", "norm.weight", "d2t", "t2d")
 EAGLE3_LAYERS = ("fc.weight", "layers.0.hidden_norm.weight", "layers.0.self_attn.q_proj.weight", "norm.weight", "d2t")
+EAGLE3_MLA = (*EAGLE3, "midlayer.self_attn.q_a_proj.weight", "midlayer.self_attn.kv_a_proj_with_mqa.weight")
 MTP = ("mtp.fc.weight", "mtp.layers.0.self_attn.q_proj.weight")
 GLM_MTP = ("model.layers.78.eh_proj.weight", "model.layers.78.enorm.weight", "model.embed_tokens.weight")
 MIMO = ("model.mtp_layers.0.input_proj.weight", "model.embed_tokens.weight")
@@ -74,6 +75,28 @@ def test_relatives_of_dflash(tensors: tuple[str, ...], architecture: str | None,
 
 
 @pytest.mark.parametrize(
+    ("tensors", "architecture"),
+    [
+        pytest.param(EAGLE3, "LlamaForCausalLMEagle3", id="SpecForge"),
+        pytest.param(EAGLE3, "LlamaForCausalLM", id="G-15 under Llama's name (SafeAILab)"),
+        pytest.param(EAGLE3_LAYERS, "Eagle3DraftModel", id="speculators"),
+        pytest.param(EAGLE3_LAYERS, "Eagle3Speculator", id="speculators, older"),
+        pytest.param(tuple(f"model.{name}" for name in EAGLE3), None, id="under model."),
+    ],
+)
+def test_eagle3(tensors: tuple[str, ...], architecture: str | None) -> None:
+    for names in (tensors, tuple(reversed(tensors))):
+        assert found(names, architectures=architecture and [architecture]) is KINDS["eagle3"]
+
+
+@pytest.mark.parametrize("architecture", ["PEagleDraftModel", "Eagle3DeepseekV2ForCausalLM", "LlamaForCausalLMEagle"])
+def test_eagle3_of_another_build_is_refused(architecture: str) -> None:
+    """G-27: parallel drafting, multi-head latent attention, EAGLE-1."""
+    with pytest.raises(WrongInput, match=f"architectures: {architecture} on eagle3 tensors, expected one of"):
+        found(EAGLE3, architectures=[architecture])
+
+
+@pytest.mark.parametrize(
     "architecture", ["KimiK3DSpark5MLADraftModel", "Gemma4DSparkModel", "LagunaDSparkModel", "Qwen35DSparkModel"]
 )
 def test_dspark_of_another_build_is_refused(architecture: str) -> None:
@@ -88,9 +111,8 @@ def test_dspark_of_another_build_is_refused(architecture: str) -> None:
         pytest.param(DOMINO, ["DominoDraftModel"], "Domino", id="G-27 Domino"),
         pytest.param(LAGUNA, ["DFlashLagunaForCausalLM"], "Laguna DFlash", id="G-18 Laguna"),
         pytest.param(LAGUNA_GATED, ["DFlashDraftModel"], "Laguna DFlash", id="G-18 Laguna by its gate"),
-        pytest.param(EAGLE3, ["LlamaForCausalLMEagle3"], "EAGLE-3", id="EAGLE-3"),
-        pytest.param(EAGLE3, ["LlamaForCausalLM"], "EAGLE-3", id="G-15 EAGLE-3 under Llama's name"),
-        pytest.param(EAGLE3_LAYERS, ["Eagle3DraftModel"], "EAGLE-3", id="EAGLE-3, speculators"),
+        pytest.param(EAGLE3_MLA, ["Eagle3DeepseekV2ForCausalLM"], "EAGLE-3 with multi-head latent", id="G-27 MLA"),
+        pytest.param((*EAGLE3_LAYERS, "mask_hidden"), ["PEagleDraftModel"], "P-EAGLE", id="G-27 P-EAGLE"),
         pytest.param(GEMMA, ["Gemma4AssistantForCausalLM"], "Gemma-4 assistant", id="Gemma-4 assistant"),
     ],
 )
@@ -185,5 +207,7 @@ def test_a_dflash_name_on_eagle3_tensors_helps_nothing(tmp_path: Path) -> None:
     tensors = {name: np.zeros(2, np.float32) for name in EAGLE3}
     folder = write_checkpoint(tmp_path / "Qwen3-DFlash", small_config(), tensors)
     (folder / "model.safetensors").rename(folder / "dflash_draft_model.safetensors")
-    with pytest.raises(WrongInput, match=r"Qwen3-DFlash/config\.json: the tensors are those of EAGLE-3"):
+    with pytest.raises(
+        WrongInput, match=r"Qwen3-DFlash/config\.json: architectures: DFlashDraftModel on eagle3 tensors"
+    ):
         read_published(folder)

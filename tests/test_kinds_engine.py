@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,8 @@ def test_the_file_is_the_checkpoint(kind: str, source: Path, file: Path, gguf: P
     assert pairing.outcome is Outcome.PASS
     published = read_published(source, gguf)
     spec, weights = gguf_weights(file)
-    assert spec == published.spec and spec.kind == kind.split()[0]
+    rope = replace(published.spec.rope, llama3=None)  # a file has what it comes to for each pair
+    assert spec == replace(published.spec, rope=rope) and spec.kind == kind.split()[0]
     expected = checkpoint_weights(published)
     assert weights.keys() == expected.keys()
     assert all((weights[key] == array).all() for key, array in expected.items())

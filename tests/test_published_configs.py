@@ -716,7 +716,8 @@ def planned(case: Case, runtime: str, tmp_path: Path, **target: Any) -> Conversi
 
 
 def test_every_config_is_expected_to_be_something() -> None:
-    assert {path.stem for path in CONFIGS.glob("*.json")} == {c.name for c in (*READ, *REFUSED)} | TARGETS
+    chains = {path.stem for path in CONFIGS.glob("*ea[gl][gl]e3*.json")}  # those are in test_eagle3.py
+    assert {path.stem for path in CONFIGS.glob("*.json")} - chains == {c.name for c in (*READ, *REFUSED)} | TARGETS
     assert {c.name for c in (*READ, *REFUSED) if c.complete} == COMPLETE
     assert not {c.name for c in (*READ, *REFUSED) if not c.complete} & COMPLETE
 

@@ -15,7 +15,8 @@ from convert_drafter.converters.spec import HEADS
 CELLS: dict[tuple[str, str], Cell] = {
     (cell.kind, cell.runtime): cell
     for cell in (
-        *(llama_cpp.DFLASH, ik_llama_cpp.DFLASH, lucebox.DFLASH, llama_cpp.DFLASH2, llama_cpp.DSPARK),
+        *(llama_cpp.DFLASH, ik_llama_cpp.DFLASH, lucebox.DFLASH),
+        *(llama_cpp.DFLASH2, llama_cpp.DSPARK, llama_cpp.EAGLE3),
         *llama_cpp_mtp.CELLS,
     )
 }
@@ -36,8 +37,16 @@ def cell_of_names(arch: str, names: Collection[str]) -> Cell | None:
     Kinds share an architecture: the one whose telling tensor is there, else the one that needs none.
     """
     cells = [cell for cell in CELLS.values() if cell.arch == arch]
-    telling = [cell for cell in cells if cell.told_by(names)]
+    telling = [cell for cell in cells if _told(cell, names)]
     return next(iter([*telling, *(cell for cell in cells if cell.telling is None)]), None)
+
+
+def _told(cell: Cell, names: Collection[str]) -> bool:
+    """Whether the cell's telling tensor is among these names, in any layer."""
+    if cell.telling is None:
+        return False
+    layers = {layer_of(name) for name in names} - {None} if cell.telling.per_layer else {None}
+    return any(cell.tensor_name((cell.telling, layer)) in names for layer in layers)
 
 
 def own_part(file: GGUFFile, cell: Cell) -> GGUFFile:

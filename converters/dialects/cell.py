@@ -6,7 +6,7 @@ A row holds a GGUF key and a field path of the spec, never a function of one dir
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from gguf import GGUFValueType
 
 from convert_drafter.converters.errors import WrongInput
 from convert_drafter.converters.gguf_file import KeyValue
-from convert_drafter.converters.recipe_rules import layer_of
+from convert_drafter.converters.ops import COPY, INVERSE, Op
 from convert_drafter.converters.roles import Role, TensorKey
 from convert_drafter.converters.spec import DrafterSpec, facts_of, yarn_attention
 from convert_drafter.converters.tokenizer import TOKENS
@@ -113,7 +113,9 @@ class Cell:
     `draft_type` is llama-server's name of how it drafts; `targets` the target architectures that hand out hidden
     states, True where also the last layer's; `tokenizer` tells whether the file carries the target's; `telling` is the
     tensor that tells this kind's files from those of another kind under the same `arch`, or from the target's own;
-    `launch_attached` runs a target that the drafter is attached to, None where it cannot be.
+    `launch_attached` runs a target that the drafter is attached to, None where it cannot be. `transforms` are done to a
+    tensor on its way from the hub into a file, and their inverses on the way back; `from_target` are the facts that
+    drafters of this kind take from their target where no key tells them.
     """
 
     kind: str
@@ -134,19 +136,19 @@ class Cell:
     notes: tuple[Note, ...] = ()
     telling: Role | None = None
     launch_attached: str | None = None
-
-    def told_by(self, names: Collection[str]) -> bool:
-        """Whether the telling tensor is among these names."""
-        if self.telling is None:
-            return False
-        layers = {layer_of(name) for name in names} - {None} if self.telling.per_layer else {None}
-        return any(self.tensor_name((self.telling, layer)) in names for layer in layers)
+    transforms: Mapping[Role, Op] = field(default_factory=dict)
+    from_target: frozenset[str] = frozenset({"embedding_scale", "rope.sections"})
 
     def tensor_name(self, key: TensorKey) -> str | None:
         """The runtime's name of a tensor, or None where its loader has none."""
         role, layer = key
         name = self.names.get(role, role.value)
         return name if name is None or layer is None else name.replace("{i}", str(layer))
+
+    def into_hub(self, key: TensorKey) -> Op:
+        """What makes a file's tensor the hub's."""
+        op = self.transforms.get(key[0], COPY)
+        return INVERSE.get(op, op)
 
 
 # What a file without our own keys and without llama.cpp's optional ones means to these loaders.

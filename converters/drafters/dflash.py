@@ -217,7 +217,6 @@ def rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
     no_sinks = not reader.find("sinks", bool, "attention_sink_bias", "dflash_config.attention_sink_bias")
     # runtimes take an embedding without a head for both
     own_head = Role.TOKEN_EMBEDDING if reader.find("head", bool, "tie_word_embeddings") is False else None
-    reduced = read_draft_vocab_size(reader) is not None if reader.raw else False
     attention = "layers.{i}.self_attn."
     return (
         TensorRule("fc.weight", Role.FUSION, ("hidden", "features")),
@@ -225,9 +224,13 @@ def rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
         TensorRule("norm.weight", Role.OUTPUT_NORM, ("hidden",)),
         TensorRule("embed_tokens.weight", Role.TOKEN_EMBEDDING, ("vocab", "hidden"), optional=True),
         TensorRule(
-            "lm_head.weight", Role.OUTPUT, ("draft_vocab", "hidden"), optional=not reduced, required_with=own_head
+            "lm_head.weight",
+            Role.OUTPUT,
+            ("draft_vocab", "hidden"),
+            required_with=own_head,
+            needed_for="draft_vocab_size",
         ),
-        TensorRule("d2t", Role.DRAFT_TO_TARGET, ("draft_vocab",), ABSOLUTE_IDS, optional=not reduced),
+        TensorRule("d2t", Role.DRAFT_TO_TARGET, ("draft_vocab",), ABSOLUTE_IDS, needed_for="draft_vocab_size"),
         TensorRule("layers.{i}.input_layernorm.weight", Role.ATTN_NORM, ("hidden",)),
         TensorRule(f"{attention}q_proj.weight", Role.ATTN_Q, ("queries", "hidden"), rotary),
         TensorRule(f"{attention}k_proj.weight", Role.ATTN_K, ("keys", "hidden"), rotary),

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
 
 from convert_drafter.converters.checkpoint import TensorHeader
 from convert_drafter.converters.config import ConfigReader
@@ -18,7 +21,8 @@ Headers = Mapping[str, TensorHeader]
 class Kind:
     """One drafter kind. `read_spec` raises `WrongInput` naming the key; `ignored` config keys mean nothing for it.
 
-    `in_target`: it lies in its target's own checkpoint.
+    `made` are tensors that no checkpoint has but its config implies: vectors by the names in the rules. `in_target`: it
+    lies in its target's own checkpoint.
     """
 
     name: str
@@ -29,3 +33,13 @@ class Kind:
     dropped: Callable[[ConfigReader], tuple[Dropped, ...]]
     ignored: tuple[str, ...]
     in_target: bool = False
+    made: Callable[[DrafterSpec], Mapping[str, tuple[float, ...]]] = lambda spec: {}
+
+    def implied(self, spec: DrafterSpec, config: Path) -> dict[str, TensorHeader]:
+        """Headers of what is `made`, as if `config` held them."""
+
+        def header(name: str, numbers: tuple[float, ...]) -> TensorHeader:
+            rows = np.array(numbers, np.float32)
+            return TensorHeader(name, "F32", rows.shape, config, 0, 0, expand=lambda start, stop: rows[start:stop])
+
+        return {name: header(name, numbers) for name, numbers in self.made(spec).items()}

@@ -89,7 +89,7 @@ def check_qwen(reader: ConfigReader) -> None:
     reader.expect("attention_bias", False, "llama.cpp's Qwen3.5 has no biases")
     reader.expect("attn_output_gate", True, "the query projection holds a gate for each head")
     reader.expect("mtp_use_dedicated_embeddings", False, "the head shares its target's embedding")
-    if (scaling := read_scaling(reader)) is not None:
+    if (scaling := read_scaling(reader, ("linear", "yarn"))) is not None:
         raise reader.error("rope_parameters", f"found {scaling.method} scaling", "none: not converted for MTP heads")
 
 

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import TypeVar
+
+import numpy as np
 
 from convert_drafter.converters.config import ConfigReader
-from convert_drafter.converters.spec import MROPE_SECTIONS, PAPER, Rope, RopeScaling, yarn_attention
+from convert_drafter.converters.spec import MROPE_SECTIONS, PAPER, Llama3Bands, Rope, RopeScaling, yarn_attention
 
+T = TypeVar("T")
 TOP_LEVEL = ("rope_theta", "global_rope_theta", "rope_global_theta", "rope_theta_global", "rotary_emb_base")
 # A base of the sliding layers' own; it may be there, but not differ: no runtime's DFlash has two.
 LOCAL = (
@@ -28,16 +32,25 @@ SCALING_KEYS = {
     "beta_fast": "beta_fast",
     "beta_slow": "beta_slow",
 }
+LLAMA3 = "llama3"
+BOTH, SETTLE = "rope_parameters and rope_scaling disagree", "one of them; settle with --set"
 NOT_SCALING = {"rope_theta", "rope_type", "type", "partial_rotary_factor", "mrope_section", "mrope_interleaved"}
 
 
-def read_rope(reader: ConfigReader, head_dim: int, layer_types: Iterable[str], target_uses_mrope: bool | None) -> Rope:
-    """`target_uses_mrope` is None where the target is not known."""
+def read_rope(
+    reader: ConfigReader,
+    head_dim: int,
+    layer_types: Iterable[str],
+    target_uses_mrope: bool | None,
+    scalings: tuple[str, ...] = ("linear", "yarn"),
+) -> Rope:
+    """`target_uses_mrope` is None where the target is not known; `scalings` are those of the drafter's kind."""
     in_use = [name for name in LAYER_TYPES if name in set(layer_types)] or list(LAYER_TYPES)
     reader.ignore(*(f"rope_parameters.{name}" for name in LAYER_TYPES if name not in in_use))
     theta = read_theta(reader, in_use)
     dimensions = _read_dimensions(reader, head_dim, in_use)
-    return Rope(theta, dimensions, read_scaling(reader), _read_sections(reader, dimensions, target_uses_mrope))
+    scaling, sections = read_scaling(reader, scalings), _read_sections(reader, dimensions, target_uses_mrope)
+    return Rope(theta, dimensions, scaling, sections, read_llama3(reader) if LLAMA3 in scalings else None)
 
 
 def read_half_split(reader: ConfigReader) -> bool:
@@ -94,18 +107,47 @@ def _prefer(reader: ConfigReader, nested: str, top: str, value: str) -> None:
     reader.warn(f"{nested} is used, {top} = {value} is not")
 
 
-def read_scaling(reader: ConfigReader) -> RopeScaling | None:
+def read_llama3(reader: ConfigReader) -> Llama3Bands | None:
+    """Llama 3's bands, each number of them stated: transformers has no defaults for them, and llama.cpp has."""
+    homes = [home for home in ("rope_parameters", "rope_scaling") if _rope_type(reader, home) is not None]
+    bands = [home for home in homes if _rope_type(reader, home) == LLAMA3]
+    if not bands:
+        return None
+    if bands != homes:
+        raise reader.error("rope scaling", BOTH, SETTLE)
+
+    def number(field: str, kind: type[T], key: str, *more: str) -> T:
+        return reader.get(f"rope.llama3.{field}", kind, *(f"{home}.{key}" for home in bands), *more)
+
+    original = "original_max_position_embeddings"
+    return Llama3Bands(
+        number("factor", float, "factor"),
+        number("low_freq_factor", float, "low_freq_factor"),
+        number("high_freq_factor", float, "high_freq_factor"),
+        number("original_context_length", int, original, original),
+    )
+
+
+def llama3_factors(theta: float, dimensions: int, bands: Llama3Bands) -> tuple[float, ...]:
+    """What each rotated pair's frequency is divided by, in f32 as transformers' `_compute_llama3_parameters` has it."""
+    low, high, factor = (np.float32(x) for x in (bands.low_freq_factor, bands.high_freq_factor, bands.factor))
+    frequencies = 1 / np.float32(theta) ** (np.arange(0, dimensions, 2, dtype=np.float32) / np.float32(dimensions))
+    fits = np.float32(bands.original_context_length) / (np.float32(2 * math.pi) / frequencies)
+    kept = (fits - low) / (high - low)
+    factors = np.where(fits > high, 1, np.where(fits < low, factor, 1 / ((1 - kept) / factor + kept)))
+    return tuple(map(float, factors))
+
+
+def read_scaling(reader: ConfigReader, scalings: tuple[str, ...]) -> RopeScaling | None:
     """The scaling of `rope_parameters` or `rope_scaling`; a type no runtime can express is refused by name.
 
     Both may state one, but not different ones: transformers and llama.cpp choose differently between them.
     """
     homes = [home for home in ("rope_parameters", "rope_scaling") if reader.section(home)]
-    found = {home: _scaling_at(reader, home) for home in homes}
+    found = {home: _scaling_at(reader, home, scalings) for home in homes}
     stated = {found[home] for home in homes if _rope_type(reader, home) is not None}
     if len(stated) > 1:
-        raise reader.error(
-            "rope scaling", "rope_parameters and rope_scaling disagree", "one of them; settle with --set"
-        )
+        raise reader.error("rope scaling", BOTH, SETTLE)
     return stated.pop() if stated else None
 
 
@@ -113,7 +155,7 @@ def _rope_type(reader: ConfigReader, home: str) -> str | None:
     return reader.find("rope.scaling.method", str, f"{home}.rope_type", f"{home}.type")
 
 
-def _scaling_at(reader: ConfigReader, home: str) -> RopeScaling | None:
+def _scaling_at(reader: ConfigReader, home: str, scalings: tuple[str, ...]) -> RopeScaling | None:
     nested = [f"{home}.{name}" for name in LAYER_TYPES if reader.section(f"{home}.{name}")]
     for path in nested:
         kind = _rope_type(reader, path)
@@ -122,10 +164,10 @@ def _scaling_at(reader: ConfigReader, home: str) -> RopeScaling | None:
     kind = _rope_type(reader, home)
     if kind is None and reader.section(home).get("factor") is not None:
         raise reader.missing("rope scaling", "the type that the factor beside it belongs to", f"{home}.rope_type")
-    if kind in (None, "default", "mrope"):
+    if kind in (None, "default", "mrope") or (kind == LLAMA3 and LLAMA3 in scalings):
         return None
-    if kind not in ("linear", "yarn"):
-        expected = "default, linear or yarn: no runtime's DFlash has another scaling"
+    if kind not in scalings:
+        expected = f"default, {' or '.join(scalings)}: no runtime's drafters of this kind have another scaling"
         raise reader.error(f"{home}.rope_type", f"found {kind!r}", expected)
     assert kind is not None
     return _stretch(reader, home, kind)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from convert_drafter.converters.spec import HEADS, Rope, SlidingWindow
+from convert_drafter.converters.spec import SlidingWindow
 from convert_drafter.converters.verify.diagnosis import weight_explanations
 from convert_drafter.converters.verify.diagnosis.view import (
     Explanation,
@@ -63,7 +63,7 @@ def fact(view: View, name: str, value: Any, why: str = "") -> Iterator[Explanati
 BEHAVIOUR = (
     "rope.theta", "capture_layers", "window", "mask_token_id", "block_size", "causal", "rope.dimensions",
     "rope.scaling", "norm_epsilon", "context_theta", "attention_value_scale", "embedding_scale", "logit_scale",
-    "logit_softcap",
+    "logit_softcap", "norm_before_residual",
 )  # fmt: skip
 
 
@@ -113,9 +113,14 @@ def captures(view: View, hints: Hints) -> Iterator[Explanation]:
             yield from fact(view, "capture_layers", new, how)
 
 
+def in_chains(view: View) -> bool:
+    """Drafts token by token: there is no block, no mask token, and no cell with a window."""
+    return view.spec.block_size is None
+
+
 def masks(view: View, hints: Hints) -> Iterator[Explanation]:
     """T-53: another model's mask token, or the tokenizer's own."""
-    if view.spec.mask_token_id is None:
+    if in_chains(view):
         return
     for token in (*MASKS, view.spec.vocab_size - 1, *hints.tokens):
         yield from fact(view, "mask_token_id", token)
@@ -123,15 +128,17 @@ def masks(view: View, hints: Hints) -> Iterator[Explanation]:
 
 def blocks(view: View, hints: Hints) -> Iterator[Explanation]:
     """T-54."""
-    for size in BLOCK_SIZES if view.spec.block_size is not None else ():
+    if in_chains(view):
+        return
+    for size in BLOCK_SIZES:
         yield from fact(view, "block_size", size)
 
 
 def windows(view: View, hints: Hints) -> Iterator[Explanation]:
     """T-55, T-16: a window lost, on the wrong layers, or as wide as another drafter's."""
-    layers, window = view.spec.layer_count, view.spec.window
-    if view.spec.kind in HEADS:  # their loaders have none
+    if in_chains(view):
         return
+    layers, window = view.spec.layer_count, view.spec.window
     all_but_last = (*[True] * (layers - 1), False)
     patterns = {all_but_last, (True,) * layers}
     if window is None:
@@ -161,11 +168,14 @@ def windowed(view: View, window: SlidingWindow | None) -> Iterator[Explanation]:
 def single_facts(view: View, hints: Hints) -> Iterator[Explanation]:
     """What is one value or another."""
     spec = view.spec
-    yield from fact(view, "causal", not spec.causal)
+    if spec.norm_before_residual is not None:  # vLLM and llama.cpp take another one where a config says nothing
+        yield from fact(view, "norm_before_residual", not spec.norm_before_residual)
+    if not in_chains(view):
+        yield from fact(view, "causal", not spec.causal)
     for dimensions in (spec.head_dim, spec.head_dim // 2, spec.head_dim // 4):
         yield from fact(view, "rope.dimensions", dimensions)
     if spec.rope.scaling is not None:
-        rope = Rope(spec.rope.theta, spec.rope.dimensions, None, spec.rope.sections)
+        rope = replace(spec.rope, scaling=None)
         mended = f"{spec.rope.scaling.method} -> none"
         yield Explanation("rope.scaling", mended, replace(view, spec=replace(spec, rope=rope)))
     for scale in (None, math.sqrt(spec.hidden_size)):
@@ -178,7 +188,7 @@ def single_facts(view: View, hints: Hints) -> Iterator[Explanation]:
 
 FAMILIES: tuple[Family, ...] = (
     source_facts, thetas, captures, masks, blocks, windows, single_facts,
-    weight_explanations.rotary_rows, weight_explanations.norms, weight_explanations.swaps,
-    weight_explanations.by_columns,
+    weight_explanations.token_ids, weight_explanations.rotary_rows, weight_explanations.norms,
+    weight_explanations.swaps, weight_explanations.by_columns,
 )  # fmt: skip
 CAPTURING: tuple[Family, ...] = (source_facts, captures)

@@ -16,7 +16,8 @@ from convert_drafter.quant.measure import measure
 Q_AND_K = (Role.ATTN_Q, Role.ATTN_K, Role.ATTN_Q_BIAS, Role.ATTN_K_BIAS)
 Q_AND_K_NORMS = (Role.ATTN_Q_NORM, Role.ATTN_K_NORM)
 NORMS = (
-    Role.FUSION_NORM, Role.OUTPUT_NORM, Role.ATTN_NORM, Role.FFN_NORM, Role.ATTN_Q_NORM, Role.ATTN_K_NORM,
+    Role.FUSION_NORM, Role.OUTPUT_NORM, Role.ATTN_NORM, Role.ATTN_NORM_2, Role.FFN_NORM,
+    Role.ATTN_Q_NORM, Role.ATTN_K_NORM,
     Role.NEXTN_EMBEDDING_NORM, Role.NEXTN_STATE_NORM, Role.NEXTN_OUTPUT_NORM,
 )  # fmt: skip
 MATRICES = (
@@ -30,6 +31,7 @@ SWAPS = (
     (Role.ATTN_K, Role.ATTN_V),
     (Role.ATTN_Q_NORM, Role.ATTN_K_NORM),
     (Role.ATTN_NORM, Role.FFN_NORM),
+    (Role.ATTN_NORM, Role.ATTN_NORM_2),
     (Role.FUSION_NORM, Role.OUTPUT_NORM),
     (Role.ATTN_Q, Role.ATTN_OUTPUT),
 )
@@ -38,6 +40,16 @@ SWAPS = (
 def changed(view: View, change: Callable[[Array], Array], *roles: Role) -> View:
     """The same drafter with `change` on every tensor of these roles."""
     return replace(view, weights={key: change(a) if key[0] in roles else a for key, a in view.weights.items()})
+
+
+def token_ids(view: View, hints: Hints) -> Iterator[Explanation]:
+    """P-41: offsets from each row's own number in the place of tokens."""
+    ids = view.weights.get((Role.DRAFT_TO_TARGET, None))
+    if ids is None:
+        return
+    tokens = (ids + np.arange(len(ids))).astype(np.float32)
+    if tokens.max() < view.spec.vocab_size:
+        yield Explanation("d2t", "offsets -> tokens", changed(view, lambda a: tokens, Role.DRAFT_TO_TARGET))
 
 
 def rotary_rows(view: View, hints: Hints) -> Iterator[Explanation]:

@@ -20,6 +20,7 @@ from convert_drafter.converters.roles import Role, TensorKey
 from convert_drafter.converters.spec import HEADS, DrafterSpec
 from convert_drafter.converters.target import Target
 from convert_drafter.converters.verify.in_torch.reference.dflash import DFlash
+from convert_drafter.converters.verify.in_torch.reference.eagle3 import Eagle3
 from convert_drafter.converters.verify.in_torch.reference.mtp import Mtp
 from convert_drafter.quant import STORED, dequantize
 
@@ -53,10 +54,11 @@ def file_weights(file: DrafterFile) -> Weights:
     """The dequantized tensors of a file that was read. Raises `Problems` where its tensors do not fit its facts."""
     if file.problems:
         raise Problems(str(file.file.path), file.problems)
-    return {
-        key: dequantize(file.file.tensor_bytes(stored.name), STORED[stored.type.name], stored.shape)
-        for key, stored in file.tensors.items()
-    }
+    out = {}
+    for key, stored in file.tensors.items():
+        rows = dequantize(file.file.tensor_bytes(stored.name), STORED[stored.type.name], stored.shape)
+        out[key] = file.cell.into_hub(key).apply(rows, file.spec.head_dim, 0)
+    return out
 
 
 def parameter_names(spec: DrafterSpec) -> dict[TensorKey, str]:
@@ -65,8 +67,9 @@ def parameter_names(spec: DrafterSpec) -> dict[TensorKey, str]:
     return {key: rule.source_name(key, spec) for rule in rules for key in rule.keys(spec)}
 
 
-REFERENCES: dict[str, Callable[[DrafterSpec, Collection[Role]], nn.Module]] = {
+REFERENCES: Mapping[str, Callable[[DrafterSpec, Collection[Role]], nn.Module]] = {
     **dict.fromkeys(("dflash", "dflash2", "dspark"), DFlash),
+    "eagle3": Eagle3,
     **dict.fromkeys(HEADS, Mtp),
 }
 

@@ -1,4 +1,4 @@
-"""Rotary positions in torch: rotate-half RoPE with its two scalings, linear and YaRN.
+"""Rotary positions in torch: rotate-half RoPE with its scalings: linear, YaRN, and a factor for each pair.
 
 Source of the formulas: arXiv 2104.09864 and 2309.00071, in the rounding that transformers and ggml share.
 """
@@ -13,13 +13,17 @@ from torch import Tensor
 from convert_drafter.converters.spec import PAPER, Rope, RopeScaling, yarn_attention
 
 
-def rotate(x: Tensor, positions: Tensor, rope: Rope, theta: float, trained: int) -> Tensor:
+def rotate(
+    x: Tensor, positions: Tensor, rope: Rope, theta: float, trained: int, factors: Tensor | None = None
+) -> Tensor:
     """Turn the first `rope.dimensions` of each head by its position: x (..., heads, S, d), positions (S,).
 
-    `theta` is the base in use, `trained` the context length that a scaling which names none stretches.
+    `theta` is the base in use, `trained` the context length that a scaling which names none stretches; `factors`
+    (dimensions / 2,) divide the frequencies, as Llama 3's bands do.
     """
     half = rope.dimensions // 2
-    angle = positions[:, None].double() * frequencies(rope, theta, trained).to(x.device)  # (S, half)
+    turns = frequencies(rope, theta, trained).to(x.device)
+    angle = positions[:, None].double() * (turns if factors is None else turns / factors.double())  # (S, half)
     size = attention_factor(rope.scaling)
     cos, sin = (angle.cos() * size).to(x.dtype), (angle.sin() * size).to(x.dtype)
     a, b, rest = x[..., :half], x[..., half : rope.dimensions], x[..., rope.dimensions :]
