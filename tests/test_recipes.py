@@ -120,7 +120,7 @@ def test_every_rule_and_fallback_is_about_something_there_is() -> None:
 
 
 def test_roles_that_are_always_f32() -> None:
-    norms = {role for role in Role if role.name.endswith("_NORM")}
+    norms = {role for role in Role if role.name.endswith(("_NORM", "_NORM_2"))}
     assert {role for role, what in ALWAYS_F32.items() if what == "norm"} == norms
     assert ALWAYS_F32[Role.ATTN_SINKS] == "scalar per head"
     assert not set(ALWAYS_F32) & {Role.FUSION, Role.OUTPUT, Role.ATTN_Q, Role.FFN_DOWN}

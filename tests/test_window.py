@@ -16,7 +16,7 @@ from convert_drafter.converters.config import ConfigReader
 from convert_drafter.converters.convert import ConvertJob, prepare, read_published
 from convert_drafter.converters.drafters.dflash import CAUSAL, read_causal, read_layer_types, read_window
 from convert_drafter.converters.errors import WrongInput
-from convert_drafter.converters.spec import SlidingWindow
+from convert_drafter.converters.features import SlidingWindow
 
 WHERE = "drafter/config.json"
 S, F = "sliding_attention", "full_attention"
@@ -241,7 +241,7 @@ def test_known_patterns(tmp_path: Path, layers: int, window: int) -> None:
 
 def causal(config: dict[str, Any]) -> tuple[bool, ConfigReader]:
     reader = ConfigReader(config, WHERE)
-    return read_causal(reader), reader
+    return read_causal(reader, None), reader
 
 
 @pytest.mark.parametrize("value", [True, False])
