@@ -16,7 +16,7 @@ from convert_drafter.converters.config import ConfigReader
 from convert_drafter.converters.convert import ConvertJob, prepare, read_published
 from convert_drafter.converters.drafters.dflash import CAUSAL, read_causal, read_layer_types, read_window
 from convert_drafter.converters.errors import WrongInput
-from convert_drafter.converters.features import SlidingWindow
+from convert_drafter.converters.spec_parts import SlidingWindow
 
 WHERE = "drafter/config.json"
 S, F = "sliding_attention", "full_attention"
