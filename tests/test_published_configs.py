@@ -664,7 +664,14 @@ REFUSED = [
     lost_head("LiquidAI__LFM2-1.2B-16L-DSpark", "Lfm2DSparkDraftModel on dflash tensors"),
     *other_build("SpecForge__kimi-k3-dspark-5mla", "KimiK3DSpark5MLADraftModel", traps="G-27"),
 ]
-TARGETS = {"Qwen__Qwen3.6-27B"}
+# Targets, and what is looked at in test_config_table.py alone.
+TARGETS = {
+    "Qwen__Qwen3.6-27B", "zai-org__GLM-5.1", "XiaomiMiMo__MiMo-7B", "deepseek-ai__DeepSeek-V3-R1",
+    "deepseek-ai__DeepSeek-V4-Flash-0731", "deepseek-ai__DeepSeek-V4-Pro-DSpark", "unknown__qwen4_exp",
+    "google__gemma-4-E2B-it-assistant", "google__gemma-4-26B-A4B-it-assistant", "google__gemma-4-31B-it-assistant",
+    "SpecForge__glm-5.2-dspark", "SpecForge__inkling-dspark", "SpecForge__kimi-k3-dspark",
+    "SpecForge__ling-3.0-tiny-dspark", "SpecForge__qwen3-8b-dspark", "SpecForge__qwen3.6-27b-domino-full-attention",
+}  # fmt: skip
 COMPLETE = {
     "z-lab__Qwen3-4B-DFlash-b16",
     "z-lab__Qwen3.5-4B-DFlash",

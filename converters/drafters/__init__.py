@@ -18,6 +18,7 @@ from convert_drafter.converters.drafters.dspark import DSPARK
 from convert_drafter.converters.drafters.eagle3 import EAGLE3
 from convert_drafter.converters.drafters.kind import Headers, Kind
 from convert_drafter.converters.drafters.mtp import needed
+from convert_drafter.converters.drafters.refused import OTHER_BUILDS, OTHER_KINDS
 from convert_drafter.converters.errors import WrongInput
 from convert_drafter.converters.plan import TensorRule
 
@@ -38,6 +39,7 @@ class Signature:
 # The first match decides, so a kind stands before the kinds whose tensors it shares.
 SIGNATURES = (
     Signature("dflash2", r"candidate_selector\."),
+    Signature("DSpark inside DeepSeek-V4", r"mtp\.\d+\.(main_proj|main_norm|markov_head)\."),
     Signature("dspark", r"(dspark_)?(markov_head\.)?markov_w1|markov_head\."),
     Signature("Domino", r"domino_|prefix_gru\."),
     Signature("Laguna DFlash", r"aux_hidden_norms?\.|layers\.\d+\.self_attn\.(g_proj|qkv_proj)\."),
@@ -71,14 +73,14 @@ def detect(reader: ConfigReader, headers: Headers) -> Kind:
         reader.origins["kind"] = "tensor names and architectures"
         return mtp.find_family(reader, architectures, mtp_qwen.FAMILIES)
     if found not in KINDS:
-        raise WrongInput(
-            f"{reader.where}: the tensors are those of {found}, which is not converted yet; supported: {supported}"
-        )
+        why = f"which is not converted yet: {OTHER_KINDS[found]}"
+        raise WrongInput(f"{reader.where}: the tensors are those of {found}, {why}; supported: {supported}")
     kind = KINDS[found]
     strange = [name for name in architectures if name not in kind.architectures]
     if strange:
-        known = ", ".join(kind.architectures)
-        raise reader.error("architectures", f"{', '.join(strange)} on {found} tensors", f"one of {known}")
+        why = next((f" ({OTHER_BUILDS[name]})" for name in strange if name in OTHER_BUILDS), "")
+        expected = f"one of {', '.join(kind.architectures)}"
+        raise reader.error("architectures", f"{', '.join(strange)} on {found} tensors{why}", expected)
     reader.origins["kind"] = "tensor names"
     return kind
 

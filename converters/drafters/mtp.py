@@ -20,10 +20,11 @@ LAYER = re.compile(r"mtp\.layers\.(\d{1,9})\.")
 SHARED = re.compile(r"(embed_tokens|norm|lm_head)\.")  # of the target, and in the head's own file
 COUNT = "mtp_num_hidden_layers"
 
-# Other targets with a head, by the class in their config, and why it is not converted.
+# Other targets with a head, by the class or model type in their config, and why it is not converted.
 NO_RUNTIME, NOT_YET = "no runtime loads it", "not converted yet"
 REFUSED = {
     "DeepseekV3ForCausalLM": f"{NO_RUNTIME}: llama.cpp's converter drops it (conversion/deepseek.py)",
+    "deepseek_v3": f"{NO_RUNTIME}: llama.cpp's converter drops it (conversion/deepseek.py)",
     "MiMoForCausalLM": f"{NO_RUNTIME}: llama.cpp has no MiMo before V2",
     "Exaone4ForCausalLM": f"{NO_RUNTIME}: llama.cpp keeps its tensors and has no graph for them",
     "ExaoneMoEForCausalLM": f"{NO_RUNTIME}: llama.cpp keeps its tensors and has no graph for them",
@@ -60,12 +61,13 @@ def declared(reader: ConfigReader) -> int | None:
 def find_family(reader: ConfigReader, architectures: Iterable[str], families: Iterable[Kind]) -> Kind:
     """The kind of a head by its target's class. Raises `WrongInput` naming a target whose head is not converted."""
     named = list(architectures)
+    family = reader.find("model_type", str, "model_type")
     known = {name: kind for kind in families for name in kind.architectures}
     for name in named:
         if name in known:
             return known[name]
-    found = ", ".join(named) or "no architecture"
-    why = next((REFUSED[name] for name in named if name in REFUSED), NOT_YET)
+    found = ", ".join(named) or family or "no architecture"
+    why = next((REFUSED[name] for name in (*named, family) if name in REFUSED), NOT_YET)
     raise reader.error("architectures", f"the MTP head of {found}, {why}", f"one of {', '.join(known)}")
 
 
