@@ -19,6 +19,7 @@ OTHER_BUILDS = {
     "KimiK3DSpark5MLADraftModel": "its attention is multi-head latent",
     "Qwen3DSparkForCausalLM": "TorchSpec counts capture layers under that key from zero, others from one",
     "Eagle3DeepseekV2ForCausalLM": "its attention is multi-head latent, which no runtime's EAGLE-3 has",
+    "LlamaForCausalLMEagle": "EAGLE-1 and 2 fuse no states and have another layer",
     "PEagleDraftModel": "it drafts in parallel from a state of its own",
     "DFlareDraftModel": "it fuses captured states another way",
     "DominoDraftModel": "a recurrent net corrects each draft",
