@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 from make_checkpoints import CHECKPOINTS, make
+from planted_faults import Draft
 from published import PAIR
 from target_gguf import write_target
 
-from convert_drafter.converters import ConvertJob, convert
+from convert_drafter.converters import ConvertJob, VerifyJob, convert, verify
 from convert_drafter.converters.convert import read_published
 from convert_drafter.converters.dialects import CELLS
 from convert_drafter.converters.doctor import doctor
@@ -107,3 +108,29 @@ def by_place(steps: Iterable[tuple[int, int]]) -> dict[int, int]:
         found[place] = right
         place += committed
     return found
+
+
+@pytest.mark.parametrize("name", ["dflash2", "dspark of speculators"])
+def test_verify_passes_a_right_file_and_fails_a_wrong_fact(name: str, tmp_path: Path) -> None:
+    """In torch, by what it drafts: the same tensors, and one fact of its kind another."""
+    source, file, wrong = make(name, tmp_path / "drafter"), tmp_path / "right.gguf", tmp_path / "wrong.gguf"
+    convert(ConvertJob(source, PAIR / "target", "llama.cpp", "Q8_0", file))
+    edited = Draft.of(file)
+    edited.set(*(("selector_top_k", 2) if name == "dflash2" else ("sample_from_anchor", True)))
+    edited.write(wrong)
+    outcomes = {}
+    for path in (file, wrong):
+        job = VerifyJob(
+            path,
+            (PAIR / "target",),
+            source,
+            prompts=PAIR / "prompts.jsonl",
+            max_prompts=4,
+            new_tokens=32,
+            contexts=(64,),
+        )
+        outcomes[path] = {gate.name: gate.outcome for gate in verify(job).gates}
+    assert Outcome.FAIL not in outcomes[file].values(), outcomes[file]
+    assert outcomes[file]["same drafts"] is outcomes[file]["lossless"] is Outcome.PASS
+    assert outcomes[wrong]["same drafts"] is Outcome.FAIL
+    assert outcomes[wrong]["lossless"] is Outcome.PASS
