@@ -99,7 +99,14 @@ RICHEST_EAGLE3 = replace(
 # What a kind has beside it.
 OWN: dict[str, dict[str, Any]] = {
     "dflash": {},
-    "dspark": {"markov_rank": 32, "confidence_head": True, "sample_from_anchor": True, "draft_vocab_size": 200},
+    "dspark": {
+        "markov_rank": 32,
+        "confidence_head": True,
+        "sample_from_anchor": True,
+        "draft_vocab_size": 200,
+        "logit_scale": None,
+        "logit_softcap": None,
+    },
     "dflash2": {"convolution": Convolution(2, 16), "selector": Selector(24, 7)},
     "eagle3": {**CHAIN, **SMALLEST["eagle3"]},
 }
@@ -213,6 +220,8 @@ NO_KEY_OF = {
 LIMITS: dict[str, dict[str, Callable[[DrafterSpec], bool]]] = {
     "llama.cpp": {
         "target_hidden_size": lambda s: s.target_hidden_size == s.hidden_size,
+        "logit_scale": lambda s: s.kind != "dspark" or s.logit_scale is None,
+        "logit_softcap": lambda s: s.kind != "dspark" or s.logit_softcap is None,
         "selector.top_k": lambda s: s.selector is None or s.hidden_size >= 2,
     },
     "ik_llama.cpp": {"capture_layers": lambda s: len(s.capture_layers) <= 8},

@@ -183,6 +183,7 @@ WRONG: dict[str, tuple[str, dict[str, object], dict[str, np.ndarray | None], str
     "another rank": ("dspark", {"markov_rank": 16}, {}, "found shape [2048, 32], expected [2048, 16]"),
     "a head that is promised": ("dspark", {}, {"confidence_head.proj.weight": None}, "missing (CONFIDENCE)"),
     "bonus anchor": ("dspark", {"dspark_bonus_anchor": False}, {}, "dspark_bonus_anchor: found False, expected True"),
+    "capped logits": ("dspark", {"final_logit_softcapping": 30.0}, {}, "logit_softcap: llama.cpp adds the bias of"),
     "no kernel size": (
         "dflash2", {"dflash_config": {"mask_token_id": 2047, "target_layer_ids": [0, 2, 4], "block_size": 8}}, {},
         "convolution.kernel_size: missing (looked at dflash_config.conv_kernel_size",

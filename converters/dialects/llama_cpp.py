@@ -134,6 +134,7 @@ DFLASH2 = replace(
     telling=Role.SELECTOR_HIDDEN,
 )
 
+PLAIN_LOGITS = "llama.cpp adds the bias of a Markov head to plain logits: scaled or capped ones would draft otherwise"
 # The same loader again: a Markov head among the tensors.
 DSPARK = replace(
     DFLASH,
@@ -145,8 +146,13 @@ DSPARK = replace(
         Row("{a}.has_confidence_head", BOOL, "confidence_head"),
     ),
     implied=(*DFLASH.implied, Implied("sample_from_anchor", lambda facts: True)),
+    limits=(
+        *DFLASH.limits,
+        Limit("logit_scale", lambda s: s.logit_scale is None, PLAIN_LOGITS),
+        Limit("logit_softcap", lambda s: s.logit_softcap is None, PLAIN_LOGITS),
+    ),
     notes=(
-        *DFLASH.notes,
+        DFLASH.notes[0],
         Note(
             "there is no confidence head: llama.cpp stops at any --spec-draft-p-min above 0",
             lambda spec: not spec.confidence_head,
