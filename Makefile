@@ -63,7 +63,8 @@ test: $(VENV)/.dev ## Run the tests (no network, no llama.cpp, a few minutes)
 	$(BIN)/python -m pytest
 
 test-engine: $(VENV)/.engine ## Run the tests against the real llama.cpp, and the slow ones
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "engine or slow" # the tiny models are slower on two threads
+	# a file of tests at a time on each of two cores; the tiny models are slower on two threads
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "engine or slow" --numprocesses 2 --dist loadfile
 
 lint: dev ## Check style and types
 	$(BIN)/ruff check .
