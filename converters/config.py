@@ -16,6 +16,12 @@ from convert_drafter.converters.errors import WrongInput, WrongUsage
 T = TypeVar("T")
 JSON_NAMES = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string"}
 INNER = "transformer_layer_config"  # speculators' layout: the drafter's layers are described one level down
+# What both levels say of themselves, and no fact of the drafter's layers.
+OUTER = frozenset({
+    "architectures", "auto_map", "dtype", "torch_dtype", "model_type", "transformers_version", "use_cache",
+    "pad_token_id", "bos_token_id", "eos_token_id", "initializer_range", "_name_or_path", "name_or_path",
+    "tie_word_embeddings",
+})  # fmt: skip
 ADVICE = "if you know it, give it with --set {path}=VALUE"
 
 
@@ -75,12 +81,13 @@ def lifted(config: Mapping[str, Any], where: str) -> tuple[dict[str, Any], froze
         return dict(config), frozenset()
     nested = {key: value for key, value in inner.items() if value is not None}
     outer = {key: value for key, value in config.items() if key != INNER}
-    for key in sorted(nested):
+    for key in sorted(nested.keys() - OUTER):
         if outer.get(key, nested[key]) not in (None, nested[key]):
             shown = f"{key} = {outer[key]!r}, {INNER}.{key} = {nested[key]!r}"
             raise WrongInput(
                 f"{where}: two places disagree: {shown}, expected one value; settle it with --set {key}=VALUE"
             )
+    nested = {key: value for key, value in nested.items() if key not in OUTER or outer.get(key) is None}
     return outer | nested, frozenset(nested)
 
 
@@ -95,7 +102,7 @@ class ConfigReader:
         told = {key: value for key, value in raw.items() if key not in self.settings}
         lifted_raw, self._nested = lifted(told, where)
         self.raw = override(lifted_raw, self.settings)
-        self.speculators = bool(self._nested) or "speculators_config" in raw
+        self.speculators = bool(self._nested) or any(key.startswith("speculators_") for key in raw)
         self.where = where
         self.origins: dict[str, str] = {}
         self.warnings: list[str] = []

@@ -157,7 +157,7 @@ def prepare(job: ConvertJob) -> Conversion:
     target, architecture = published.target, published.target.architecture if published.target else None
     problems = [
         *matcher.problems,
-        *ids_of_checkpoint(matcher),
+        *ids_of_checkpoint(matcher, checkpoint.tensors),
         *objections(cell, spec, architecture),
         *_mispairing(spec, target),
     ]

@@ -159,7 +159,9 @@ def _values(file: GGUFFile, sick: dict[str, Health]) -> Iterable[Finding]:
             yield Finding(f"{name} ({stored.type.name}): {count}, the first at {place}")
         elif state.zero:
             vector = "a norm of zeros silences what it scales" if len(stored.shape) == 1 else "was it ever written?"
-            yield Finding(f"{name}: all {stored.n_elements} weights are zero: {vector}", fault=False)
+            divides = name == Role.ROPE_FACTORS.value  # frequencies, which are no numbers then
+            said = "frequencies are divided by them" if divides else vector
+            yield Finding(f"{name}: all {stored.n_elements} weights are zero: {said}", fault=divides)
 
 
 def _ids(found: Survey) -> Iterable[Finding]:

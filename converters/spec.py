@@ -96,7 +96,7 @@ class DrafterSpec:
                 raise BadFact(field, facts[field], "a number above 0")
         for field, ok, expected in self._contradictions():
             if not ok:
-                raise BadFact(field, getattr(self, field.split(".")[0]), expected)
+                raise BadFact(field, facts.get(field, getattr(self, field.split(".")[0])), expected)
 
     def _contradictions(self) -> list[tuple[str, bool, str]]:
         """(field, holds, expected) for every rule that one config can break."""
@@ -124,7 +124,7 @@ class DrafterSpec:
                 linear is None or len(linear.layers) == depth,
                 f"one entry for each of the target's {depth} layers",
             ),
-            ("convolution", self.hidden_size % group == 0, f"groups that divide the hidden size {self.hidden_size}"),
+            ("convolution.group_size", self.hidden_size % group == 0, f"a divisor of hidden_size {self.hidden_size}"),
         ]
 
 

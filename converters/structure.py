@@ -88,7 +88,8 @@ def survey(file: GGUFFile, cell: Cell, target: Target | None = None) -> Survey:
     elif spec is None or spec.layer_count > len(file.tensors):
         if spec is not None:
             findings.append(Finding(f"found {spec.layer_count} layers, but {len(file.tensors)} tensors"))
-        findings.append(Finding("tensors could not be held against these facts; mend them and ask again", fault=False))
+        silent = not any(finding.fault for finding in findings)
+        findings.append(Finding("tensors could not be held against these facts; mend them and ask again", fault=silent))
     else:
         tensors, problems = place_tensors(file, cell, spec)
         findings += map(Finding, [*problems, *_unplaced(cell, tensors), *_objections(file, cell, spec, facts, target)])
@@ -118,7 +119,7 @@ def _missing(file: GGUFFile, cell: Cell, facts: Facts) -> Iterator[str]:
         key = row.key.format(a=cell.arch)
         if key in file.keys or row.field not in needed:
             continue
-        if row.field not in told or (row.field == "head_dim" and not _square(facts)):
+        if row.required or row.field not in told or (row.field == "head_dim" and not _square(facts)):
             silently = SILENTLY_IN.get(cell.runtime, {}).get(row.field) or SILENTLY.get(row.field)
             taken = f"; {cell.runtime} takes {silently} without a word" if silently else ""
             yield f"{key}: missing, expected {row.field}{taken}"

@@ -12,20 +12,34 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convert_drafter.converters.checkpoint import read_rows
+from convert_drafter.converters.checkpoint import Headers, read_rows
 from convert_drafter.converters.gguf_read import GGUFFile
-from convert_drafter.converters.plan import Matcher
+from convert_drafter.converters.plan import Matcher, plain_name
 from convert_drafter.converters.roles import Role
 
 
-def ids_of_checkpoint(matcher: Matcher) -> Iterator[str]:
-    """What is wrong with the token ids of a checkpoint whose tensors fit."""
+def ids_of_checkpoint(matcher: Matcher, tensors: Headers) -> Iterator[str]:
+    """What is wrong with the token ids of a checkpoint whose tensors fit; `tensors` are all it has, t2d among them."""
     match = matcher.matches.get((Role.DRAFT_TO_TARGET, None))
     if match is None or matcher.problems:
         return
     ids = match.rule.op.apply(read_rows(match.header, 0, match.header.rows), matcher.spec.head_dim, 0)
     for fault in id_faults(ids, matcher.spec.vocab_size):
         yield f"{match.header.name}: {fault}"
+    given_up = {drop.source for drop in matcher.dropped if drop.reason.startswith("--ignore-tensor")}
+    mask = next((tensors[name] for name in tensors.keys() - given_up if plain_name(name) == "t2d"), None)
+    if mask is not None and mask.dtype == "BOOL" and mask.shape == (matcher.spec.vocab_size,):
+        yield from _unlike(read_rows(mask, 0, mask.rows), ids, match.header.name)
+
+
+def _unlike(mask: NDArray[Any], ids: NDArray[Any], name: str) -> Iterator[str]:
+    """t2d marks the tokens that d2t comes to; where it marks d2t's own numbers, those are tokens already."""
+    marked = np.flatnonzero(mask)
+    if np.array_equal(np.sort(ids), marked):
+        return
+    absolute = np.array_equal(np.sort(ids - np.arange(len(ids))), marked)
+    why = "its numbers are tokens, not offsets" if absolute else f"t2d marks {len(marked)} others"
+    yield f"{name}: comes to tokens that t2d does not mark: {why}; --ignore-tensor t2d leaves a stale one out"
 
 
 def ids_of_file(file: GGUFFile, name: str, vocab: int) -> Iterator[str]:

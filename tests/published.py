@@ -180,7 +180,8 @@ def random_tensors(shapes: Mapping[str, tuple[int, ...]], dtype: Any = ml_dtypes
     out = {}
     for name, shape in shapes.items():
         if name in ("d2t", "t2d"):
-            out[name] = np.zeros(shape, np.int64 if name == "d2t" else np.bool_)
+            rows = shapes.get("d2t", (0,))[0]
+            out[name] = np.zeros(shape, np.int64) if name == "d2t" else np.arange(*shape) < rows
             continue
         seed = np.random.default_rng(list(name.encode()))
         out[name] = (seed.standard_normal(shape, dtype=np.float32) * 0.05).astype(dtype)

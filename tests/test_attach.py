@@ -115,6 +115,8 @@ def test_a_target_without_the_list_of_layers_does_not_get_one(tmp_path: Path, so
     after = attach(source, write_target(tmp_path / "older.gguf", head, older))
     assert "qwen35.attention.recurrent_layers" not in after.keys
     assert after.keys["qwen35.block_count"].value == DEPTH + 1
+    (structure,) = doctor(after.path)
+    assert not [line for line in structure.details if "recurrent_layers" in line]
 
 
 def with_value(name: str, value: Any) -> Change:

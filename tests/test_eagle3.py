@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from make_checkpoints import make
 from planted_faults import Draft
 from published import (
     CONFIGS,
@@ -316,6 +317,24 @@ def test_queries_and_keys_are_in_llama_cpp_s_order_and_d2t_holds_tokens(file: Pa
     tokens = found.tensor_bytes("d2t").view("<i8")
     assert (tokens == source["d2t"] + np.arange(len(tokens))).all()
     assert (np.flatnonzero(source["t2d"]) == tokens).all()
+
+
+def test_factors_of_zero_are_a_fault(tmp_path: Path) -> None:
+    """Frequencies are divided by them."""
+    out = tmp_path / "drafter.gguf"
+    convert(ConvertJob(make("eagle3 with llama3 scaling", tmp_path / "e"), PAIR / "target", "llama.cpp", "F32", out))
+    draft = Draft.of(out)
+    draft.put("rope_freqs.weight", np.zeros_like(draft.weights("rope_freqs.weight")))
+    gate = doctor(draft.write(tmp_path / "zeros.gguf"))[0]
+    assert gate.outcome is Outcome.FAIL
+    assert any("rope_freqs.weight: all 32 weights are zero: frequencies are divided" in line for line in gate.details)
+
+
+def test_a_key_the_loader_needs_is_missed_whatever_tells_the_fact(file: Path, tmp_path: Path) -> None:
+    draft = Draft.of(file)
+    draft.drop("eagle3.target_hidden_size")
+    gate = doctor(draft.write(tmp_path / "without.gguf"))[0]
+    assert any("eagle3.target_hidden_size: missing" in line for line in gate.details)
 
 
 def unpermuted(draft: Draft) -> None:

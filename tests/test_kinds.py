@@ -121,6 +121,9 @@ FAULTS: dict[str, tuple[str, Edit, str]] = {
     "no convolution": ("dflash2", without(CONV), f"{CONV}: missing (ATTN_CONV_BASE of layer 0)"),
     "kernel size missing": ("dflash2", lambda d: d.drop("conv_kernel_size"), "dflash.conv_kernel_size: missing"),
     "groups of another size": ("dflash2", lambda d: d.set("conv_group_size", 32), "attn_conv_proj.weight: found shape"),
+    "groups that do not divide": (
+        "dflash2", lambda d: d.set("conv_group_size", 48), "found 48, expected a divisor of hidden_size 256",
+    ),
     "fewer candidates": ("dflash2", lambda d: d.set("selector_top_k", 4), "found 4, the checkpoint has 8"),
     "too many candidates": ("dflash2", lambda d: d.set("selector_top_k", 16), "packs top_k * (top_k + 1) scores"),
     "Markov matrices swapped": ("dspark", lambda d: d.swap("markov_w1.weight", "markov_w2.weight"), "it holds what"),
@@ -183,6 +186,38 @@ WRONG: dict[str, tuple[str, dict[str, object], dict[str, np.ndarray | None], str
     "another rank": ("dspark", {"markov_rank": 16}, {}, "found shape [2048, 32], expected [2048, 16]"),
     "a head that is promised": ("dspark", {}, {"confidence_head.proj.weight": None}, "missing (CONFIDENCE)"),
     "bonus anchor": ("dspark", {"dspark_bonus_anchor": False}, {}, "dspark_bonus_anchor: found False, expected True"),
+    "T-67 ids already absolute, few": (
+        "dflash of speculators",
+        {"draft_vocab_size": 512},
+        {
+            "d2t": np.arange(512), "t2d": np.arange(2048) < 512,
+            "lm_head.weight": np.zeros((512, 256), np.float32),
+        },
+        "d2t: comes to tokens that t2d does not mark: its numbers are tokens, not offsets",
+    ),
+    "t2d of another": ("dflash of speculators", {}, {"t2d": np.zeros(2048, bool)}, "t2d marks 0 others"),
+    "confidence denied": ("dspark", {"enable_confidence_head": False}, {}, "found False, expected true: there are"),
+    "anchor unsaid beside states": (
+        "dspark", {"aux_hidden_state_layer_ids": [1, 3, 5], "sample_from_anchor": None}, {}, "sample_from_anchor: mis",
+    ),
+    "DeepSpec's class, no Markov head": (
+        "dflash of speculators", {"architectures": ["Qwen3DSparkModel"]}, {}, "sample_from_anchor: not stated beside",
+    ),
+    "sliding causality unsaid": (
+        "dflash of speculators", {"sliding_window_non_causal": None}, {}, "sliding_window_non_causal: missing",
+    ),
+    "sliding causality twice": ("dspark of speculators", {"is_causal": True}, {}, "but another key says causal = True"),
+    "groups that do not divide": (
+        "dflash2",
+        {
+            "dflash_config": {
+                "mask_token_id": 2047, "target_layer_ids": [0, 2, 4], "block_size": 8, "conv_kernel_size": 2,
+                "conv_group_size": 48, "selector_rank": 32, "selector_top_k": 8,
+            }
+        },
+        {},
+        "dflash_config.conv_group_size: found 48, expected a divisor of hidden_size 256",
+    ),
     "capped logits": ("dspark", {"final_logit_softcapping": 30.0}, {}, "logit_softcap: llama.cpp adds the bias of"),
     "no kernel size": (
         "dflash2", {"dflash_config": {"mask_token_id": 2047, "target_layer_ids": [0, 2, 4], "block_size": 8}}, {},
@@ -199,6 +234,30 @@ def test_wrong_checkpoints_are_named(made: Maker, tmp_path: Path, name: str) -> 
         convert(ConvertJob(source, TARGET, "llama.cpp", "F32", tmp_path / "out.gguf"))
     assert says in str(caught.value)
     assert not (tmp_path / "out.gguf").exists()
+
+
+RIGHT: dict[str, tuple[str, dict[str, object], dict[str, np.ndarray | None]]] = {
+    "a scale of one": ("dspark", {"output_multiplier": 1.0}, {}),
+    "levels that name themselves otherwise": (
+        "dspark of speculators", {"model_type": "speculators", "dtype": "float32", "use_cache": False}, {},
+    ),
+    "no confidence head, however it would work": (
+        "dspark",
+        {"enable_confidence_head": False, "confidence_head_with_markov": False},
+        {"confidence_head.proj.weight": None, "confidence_head.proj.bias": None},
+    ),
+    "DeepSpec's class, asked": (
+        "dflash of speculators", {"sample_from_anchor": False, "architectures": ["Qwen3DSparkModel"]}, {},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_what_changes_nothing_is_taken(made: Maker, tmp_path: Path, name: str) -> None:
+    kind, config, tensors = RIGHT[name]
+    source = rewritten(made(kind)[0], tmp_path / "drafter", config, **tensors)
+    convert(ConvertJob(source, TARGET, "llama.cpp", "F32", tmp_path / "out.gguf"))
+    assert structure(tmp_path / "out.gguf", source).outcome is Outcome.PASS
 
 
 def test_sliding_layers_of_speculators_look_backwards(made: Maker, tmp_path: Path) -> None:

@@ -186,6 +186,12 @@ def test_another_count_than_declared(tmp_path: Path) -> None:
     assert "1, but the tensors are mtp.layers.0, mtp.layers.1, expected as many" in refusal(planned, source)
 
 
+@pytest.mark.parametrize("count", [2**40, 10**9])
+def test_a_nonsense_count_is_refused_without_counting(tmp_path: Path, count: int) -> None:
+    source = reconfigure(small(tmp_path / "t"), mtp_num_hidden_layers=count)
+    assert f"mtp_num_hidden_layers: {count}, but the tensors are mtp.layers.0" in refusal(planned, source)
+
+
 def test_a_head_of_two_layers_is_more_than_llama_cpp_runs(tmp_path: Path) -> None:
     source = small(tmp_path / "t", mtp_num_hidden_layers=2)
     assert "layer_count: llama.cpp drafts with a head of one layer" in refusal(planned, source)

@@ -379,6 +379,7 @@ READ = [
         origins(NESTED_THETA, TOP_BLOCK, TOP_MASK, TOP_CAPTURES),
         complete=False,
         traps="G-15 markov_rank 0",
+        settings={"sample_from_anchor": "false"},  # DeepSpec's own drafts from the anchor's place: it has to be asked
     ),
     Case(
         "XiaomiMiMo__MiMo-V2.5-Pro-FP4-DFlash",

@@ -60,7 +60,8 @@ ALL_CAPTURES = Codec(
 class Row:
     """`key` with `{a}` for the architecture; `element` is set for an array. An F32 key keeps 24 bits of a float.
 
-    `also` is another element type that the runtime reads as well as the one we write.
+    `also` is another element type that the runtime reads as well as the one we write; a `required` key stops the
+    loader, or is taken for something else, where it is missing, whatever else may tell the fact.
     """
 
     key: str
@@ -69,6 +70,7 @@ class Row:
     codec: Codec = SAME
     element: GGUFValueType | None = None
     also: GGUFValueType | None = None
+    required: bool = False
 
 
 @dataclass(frozen=True)

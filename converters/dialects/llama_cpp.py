@@ -143,12 +143,12 @@ DSPARK = replace(
     rows=(
         *DFLASH.rows,
         Row("{a}.sample_from_anchor", BOOL, "sample_from_anchor"),
-        Row("{a}.has_confidence_head", BOOL, "confidence_head"),
+        Row("{a}.has_confidence_head", BOOL, "confidence_head", required=True),
     ),
     implied=(*DFLASH.implied, Implied("sample_from_anchor", lambda facts: True)),
     limits=(
         *DFLASH.limits,
-        Limit("logit_scale", lambda s: s.logit_scale is None, PLAIN_LOGITS),
+        Limit("logit_scale", lambda s: s.logit_scale in (None, 1.0), PLAIN_LOGITS),
         Limit("logit_softcap", lambda s: s.logit_softcap is None, PLAIN_LOGITS),
     ),
     notes=(
@@ -170,7 +170,7 @@ EAGLE3 = Cell(
     rows=(
         *(row for row in FORK_ROWS if row.field not in NOT_IN_EAGLE3),
         Row("{a}.target_layers", ARRAY, "capture_layers", ONE_BASED, element=I32, also=U32),
-        Row("{a}.target_hidden_size", U32, "target_hidden_size"),
+        Row("{a}.target_hidden_size", U32, "target_hidden_size", required=True),
         Row("{a}.norm_before_residual", BOOL, "norm_before_residual"),
         Row("{a}.norm_before_fc", BOOL, "norm_before_fc"),
     ),

@@ -17,6 +17,7 @@ from convert_drafter.converters.dialects.cell import (
     WHOLE_HEADS,
     Cell,
     Codec,
+    Facts,
     Implied,
     Limit,
     Row,
@@ -42,11 +43,23 @@ ALL_HEADS = Codec(
     lambda width, facts: width * facts["linear_attention.value_head_count"],
     lambda stored, facts: exactly(stored, facts["linear_attention.value_head_count"], "value heads"),
 )
+MOST_LAYERS, INTERVAL = 512, 4  # LLAMA_MAX_LAYERS in src/llama-hparams.h; what qwen35.cpp takes without a key
+
+
+def _by_interval(facts: Facts) -> tuple[bool, ...] | None:
+    """Which layers are linear where no key lists them: all but every so-manieth."""
+    depth, interval = facts.get("target_layer_count"), facts.get("linear_attention.interval", INTERVAL)
+    if depth is None or not 0 < depth <= MOST_LAYERS or interval < 1:
+        return None
+    return tuple((i + 1) % interval != 0 for i in range(depth))
+
+
+BY_INTERVAL = Implied("linear_attention.layers", _by_interval)
 CAUSAL = Implied("causal", lambda facts: True)
 SAME_STATE = Implied("target_hidden_size", lambda facts: facts.get("hidden_size"))
 HEAD_ROWS = (
     Row("{a}.nextn_predict_layers", U32, "layer_count"),
-    Row("{a}.block_count", U32, "target_layer_count", WITH_HEAD),
+    Row("{a}.block_count", U32, "target_layer_count", WITH_HEAD, required=True),
     *(row for row in SHARED_ROWS if row.field != "layer_count"),
     Row("{a}.rope.dimension_count", U32, "rope.dimensions"),
     Row("{a}.rope.dimension_sections", ARRAY, "rope.sections", element=I32),
@@ -67,7 +80,7 @@ QWEN35 = Cell(
     arch="qwen35",
     rows=(*HEAD_ROWS, *LINEAR_ROWS),
     names={Role.FFN_NORM: "blk.{i}.post_attention_norm.weight"},
-    implied=(CAUSAL, WHOLE_HEADS, SAME_STATE),
+    implied=(CAUSAL, WHOLE_HEADS, SAME_STATE, BY_INTERVAL),
     limits=(
         Limit("layer_count", lambda s: s.layer_count == 1, "llama.cpp drafts with a head of one layer"),
         Limit(

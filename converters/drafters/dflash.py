@@ -26,6 +26,9 @@ from convert_drafter.converters.target import Target
 
 BLOCK_SIZES = ("dflash_config.block_size", "block_size", "dflash_config.draft_block_size", "draft_block_size")
 WINDOW_SIZES = ("dflash_config.swa_window_size", "sliding_window")
+DEEPSPEC = "Qwen3DSparkModel"
+FROM_ANCHOR = ("sample_from_anchor", "dflash_config.sample_from_anchor")
+SLIDING_CAUSALITY = "sliding_window_non_causal"
 CAUSAL = ("is_causal", "dflash_config.causal", "dflash_query_causal", "draft_causal")
 
 IGNORED = (
@@ -42,11 +45,13 @@ IGNORED = (
 def read_spec(reader: ConfigReader, headers: Headers, target: Target | None) -> DrafterSpec:
     """Every fact of a DFlash checkpoint. Raises `WrongInput` naming the key that is missing or wrong."""
     check_assumptions(reader)
-    for path in ("sample_from_anchor", "dflash_config.sample_from_anchor"):
+    for path in FROM_ANCHOR:
         reader.expect(path, False, "a DFlash block starts with the anchor, which is not drafted")
     for path in ("markov_rank", "dflash_config.markov_rank"):
         reader.expect(path, 0, "a Markov head makes it a DSpark drafter, and there is none among the tensors")
-    return read_block_spec("dflash", reader, headers, target)
+    spec = read_block_spec("dflash", reader, headers, target)
+    check_deepspec(reader)
+    return spec
 
 
 def read_block_spec(
@@ -101,6 +106,16 @@ def check_assumptions(reader: ConfigReader) -> None:
     for path in ("hidden_act", "hidden_activation"):
         reader.expect(path, "silu", "DFlash's feed-forward is SwiGLU")
     reader.expect("rope_interleave", False, "interleaved rotary pairs are understood as rope_is_neox_style: false")
+
+
+def check_deepspec(reader: ConfigReader) -> None:
+    """DeepSpec's class drafts from the anchor's own place, Markov head or not; a DFlash block throws that one away."""
+    deepspec = DEEPSPEC in (reader.find_list("architectures", str, "architectures") or ())
+    stated = reader.find("sample_from_anchor", bool, *FROM_ANCHOR)
+    if deepspec and stated is None:
+        found = f"not stated beside {DEEPSPEC}, which drafts from the anchor's own place unless it was told otherwise"
+        expected = "false: no runtime drafts so without a Markov head; if it was trained so, give it with --set"
+        raise reader.error(FROM_ANCHOR[0], found, f"{expected} {FROM_ANCHOR[0]}=false")
 
 
 def refuse_mask_embedding(headers: Headers) -> None:
@@ -193,21 +208,30 @@ def read_window(reader: ConfigReader, layer_types: tuple[str, ...], layer_count:
 
 
 def read_causal(reader: ConfigReader, window: SlidingWindow | None) -> bool:
-    """Speculators' sliding layers look only backwards unless they say otherwise, which is said of whole blocks."""
-    backwards = reader.find("causal", bool, "sliding_window_non_causal") is False
-    if backwards and window is not None and reader.find("causal", bool, *CAUSAL) is None:
-        if not all(window.layers):
-            found, expected = (
-                "false, but some layers do not slide",
-                "all of them or none to: no runtime has a key for it",
-            )
-            raise reader.error("sliding_window_non_causal", found, f"{expected}; settle it with --set is_causal=VALUE")
-        reader.note("causal", "sliding_window_non_causal")
-        return True
-    causal = reader.find("causal", bool, *CAUSAL)
-    if causal is None:
-        reader.origins["causal"] = "DFlash's definition (no key says otherwise)"
-    return bool(causal)
+    """Inside a block. Speculators say it of sliding layers, which look only backwards unless they say otherwise."""
+    stated = reader.find("causal", bool, *CAUSAL)
+    origin = reader.origins.get("causal", "")
+    otherwise = reader.find("causal", bool, SLIDING_CAUSALITY)
+    settled = stated is not None and origin.startswith("--set")
+    if window is not None and not settled and (reader.speculators or otherwise is not None):
+        return read_sliding_causality(reader, window, otherwise, stated)
+    reader.origins["causal"] = origin or "DFlash's definition (no key says otherwise)"
+    return bool(stated)
+
+
+def read_sliding_causality(
+    reader: ConfigReader, window: SlidingWindow, otherwise: bool | None, stated: bool | None
+) -> bool:
+    """A file says one thing of all layers, so that all of them have to slide where sliding ones look backwards."""
+    settle = "settle it with --set is_causal=VALUE"
+    if otherwise is None:
+        raise reader.missing(SLIDING_CAUSALITY, "true or false: exporters take either for granted", SLIDING_CAUSALITY)
+    if stated not in (None, not otherwise):
+        raise reader.error(SLIDING_CAUSALITY, f"{otherwise}, but another key says causal = {stated}", settle)
+    if not otherwise and not all(window.layers):
+        found = "false, but some layers do not slide"
+        raise reader.error(SLIDING_CAUSALITY, found, f"all of them or none to: no key can say it; {settle}")
+    return not otherwise
 
 
 def rules(reader: ConfigReader) -> tuple[TensorRule, ...]:

@@ -5,8 +5,9 @@ Config and tensor names as DeepSpec, SpecForge and speculators publish them.
 
 from __future__ import annotations
 
-from convert_drafter.converters.config import ConfigReader
+from convert_drafter.converters.config import ConfigReader, lookup
 from convert_drafter.converters.drafters import dflash
+from convert_drafter.converters.drafters.captures import CAPTURES_PLUS_ONE
 from convert_drafter.converters.drafters.kind import Headers, Kind
 from convert_drafter.converters.plan import TensorRule
 from convert_drafter.converters.roles import Role
@@ -29,8 +30,12 @@ def read_spec(reader: ConfigReader, headers: Headers, target: Target | None) -> 
     dflash.check_assumptions(reader)
     for path in ("markov_head_type", "dflash_config.markov_head_type"):
         reader.expect(path, "vanilla", "no runtime has another Markov head")
-    for path in ("confidence_head_with_markov", "dflash_config.confidence_head_with_markov"):
+    confidence = any("confidence" in name for name in headers)
+    for path in ("confidence_head_with_markov", "dflash_config.confidence_head_with_markov") * confidence:
         reader.expect(path, True, "runtimes show the confidence head the Markov row as well")
+    if confidence and reader.find("confidence_head", bool, *CONFIDENCES) is False:
+        raise reader.error(reader.origins["confidence_head"], "found False", "true: there are tensors of one")
+    reader.ignore("confidence_head_with_markov", "dflash_config.confidence_head_with_markov")
     reader.note("confidence_head", "tensor names")
     return dflash.read_block_spec(
         "dspark",
@@ -39,16 +44,17 @@ def read_spec(reader: ConfigReader, headers: Headers, target: Target | None) -> 
         target,
         markov_rank=reader.get("markov_rank", int, *RANKS),
         sample_from_anchor=read_sample_from_anchor(reader),
-        confidence_head=any("confidence" in name for name in headers),
+        confidence_head=confidence,
     )
 
 
 def read_sample_from_anchor(reader: ConfigReader) -> bool:
     """Whether the anchor's own place drafts the first token: DSpark's definition, but speculators have to say it."""
-    paths = ("sample_from_anchor", "dflash_config.sample_from_anchor")
+    paths = dflash.FROM_ANCHOR
     stated = reader.find("sample_from_anchor", bool, *paths)
     bonus = reader.find("dspark_bonus_anchor", bool, "dspark_bonus_anchor")
-    if stated is None and (bonus is not None or reader.speculators):
+    states = any(lookup(reader.raw, path) is not None for path in CAPTURES_PLUS_ONE)
+    if stated is None and (bonus is not None or states or reader.speculators):
         raise reader.missing("sample_from_anchor", "true or false", *paths)
     if stated is None:
         reader.origins["sample_from_anchor"] = "DSpark's definition (no key says otherwise)"
@@ -60,13 +66,19 @@ def read_sample_from_anchor(reader: ConfigReader) -> bool:
 def rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
     no_confidence = not reader.find("confidence head", bool, *CONFIDENCES)
     first, second, weight = ("vocab", "markov_rank"), ("draft_vocab", "markov_rank"), ("one", "confidence")
+    bias = Role.CONFIDENCE_BIAS
     spellings = (("markov_head.", "confidence_head.proj"), ("", "confidence_proj"))  # ModelOpt writes the second
     return (
         *dflash.rules(reader),
         *(TensorRule(f"{markov}markov_w1.weight", Role.MARKOV_IN, first) for markov, _ in spellings),
         *(TensorRule(f"{markov}markov_w2.weight", Role.MARKOV_OUT, second) for markov, _ in spellings),
-        *(TensorRule(f"{name}.weight", Role.CONFIDENCE, weight, optional=no_confidence) for _, name in spellings),
-        *(TensorRule(f"{name}.bias", Role.CONFIDENCE_BIAS, ("one",), optional=True) for _, name in spellings),
+        *(
+            TensorRule(
+                f"{name}.weight", Role.CONFIDENCE, weight, optional=no_confidence, required_with=Role.CONFIDENCE_BIAS
+            )
+            for _, name in spellings
+        ),
+        *(TensorRule(f"{name}.bias", bias, ("one",), optional=True) for _, name in spellings),
     )
 
 

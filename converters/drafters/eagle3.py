@@ -30,11 +30,12 @@ ROPE_FACTORS = "rope_factors"  # our name of what llama3 scaling comes to
 
 IGNORED = (
     *dflash.IGNORED, "embed_requires_grad", "pretraining_tp", "target_model_type", "decoder_sparse_step",
-    "eagle_config.use_aux_hidden_state", "num_aux_hidden_states", "ttt_length", "tie_word_embeddings",
+    "num_aux_hidden_states", "ttt_length", "tie_word_embeddings",
 )  # fmt: skip
 # What llama.cpp's graph computes; a config that says otherwise is another model. (path, expected, why)
 ASSUMED: tuple[tuple[str, object, str], ...] = (
     ("hidden_act", "silu", "EAGLE-3's feed-forward is SwiGLU"),
+    ("use_aux_hidden_state", True, "an EAGLE-3 drafter fuses three of the target's states"),
     ("mlp_bias", False, "no runtime's EAGLE-3 has biases there"),
     ("fc_norm", False, "EAGLE-3.1 norms each captured state by itself, and llama.cpp has no tensors for it"),
     ("norm_output", False, "EAGLE-3.1 feeds the normed state back, llama.cpp the state before its norm"),

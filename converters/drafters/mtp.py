@@ -102,7 +102,7 @@ def read_count(reader: ConfigReader, headers: Headers, has_key: bool = True) -> 
 
 
 def read_count_of(reader: ConfigReader, found: list[int], count: int) -> int:
-    if found != list(range(count)):
+    if len(found) != count or found[-1] != count - 1:
         layers = ", ".join(f"mtp.layers.{i}" for i in found)
         raise reader.error(reader.origins["layer_count"], f"{count}, but the tensors are {layers}", "as many layers")
     return count
