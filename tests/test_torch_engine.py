@@ -233,7 +233,8 @@ def test_states_are_those_after_each_layer(tiny: TorchTarget) -> None:
         out = tiny.model(text, output_hidden_states=True).hidden_states
     assert sorted(states) == list(every)
     for layer in range(-1, tiny.layer_count - 1):
-        torch.testing.assert_close(states[layer], out[layer + 1][0], atol=1e-2, rtol=1e-3)
+        # A recurrent layer sums a chunk in another order than token by token; how far apart depends on the processor.
+        torch.testing.assert_close(states[layer], out[layer + 1][0], atol=3e-2, rtol=1e-3)
     assert not torch.allclose(states[tiny.layer_count - 1], out[-1][0], atol=1e-2, rtol=1e-2)
 
 
@@ -353,8 +354,8 @@ def test_wrong_usage(folder: Path) -> None:
     target = TorchTarget(path)
     with pytest.raises(WrongInput, match=r"tokens \[200\]: expected one or more below 200"):
         target.prefill([VOCAB])
-    with pytest.raises(WrongInput, match=r"capture layers \[-2, 3\]: expected 0 to 2"):
-        target.capture([-2, 0, 3])
+    with pytest.raises(WrongInput, match=r"capture layers \[-3, 3\]: expected 0 to 2"):
+        target.capture([-3, 0, 3])
     with pytest.raises(ValueError, match="positions: found 0 to 1"):
         target.captured(0, 1)
     target.prefill(PROMPT)
@@ -391,12 +392,12 @@ def test_a_transformers_that_forgets(folder: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("missing", ["torch", "transformers"])
-@pytest.mark.parametrize("module", ["torch_target", "torch_drafter"])
+@pytest.mark.parametrize("module", ["target", "drafter"])
 def test_a_missing_package_is_a_missing_engine(missing: str, module: str) -> None:
     code = (
         f"import sys; sys.modules[{missing!r}] = None\n"
         "from convert_drafter.converters.errors import MissingEngine\n"
-        f"try: import convert_drafter.converters.verify.{module}\n"
+        f"try: import convert_drafter.converters.verify.in_torch.{module}\n"
         "except MissingEngine as error: print(error)"
     )
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
