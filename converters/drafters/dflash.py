@@ -15,10 +15,17 @@ from convert_drafter.converters.drafters.captures import (
     read_target_depth,
     read_target_width,
 )
+from convert_drafter.converters.drafters.decoder import (
+    ATTENTION,
+    DRAFT_TO_TARGET,
+    TARGET_TO_DRAFT,
+    attention_biases,
+    feed_forward,
+)
 from convert_drafter.converters.drafters.kind import Headers, Kind
 from convert_drafter.converters.drafters.rope import LAYER_TYPES, read_half_split, read_rope
 from convert_drafter.converters.errors import WrongInput
-from convert_drafter.converters.ops import ABSOLUTE_IDS, COPY, PERMUTE_ROPE
+from convert_drafter.converters.ops import COPY, PERMUTE_ROPE
 from convert_drafter.converters.plan import Dropped, TensorRule
 from convert_drafter.converters.roles import Role
 from convert_drafter.converters.spec import DrafterSpec, SlidingWindow
@@ -236,12 +243,11 @@ def read_sliding_causality(
 
 def rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
     """Every tensor of the kind. Interleaved checkpoints get their rotary rows re-ordered to the hub's halves."""
-    rotary = COPY if read_half_split(reader) else PERMUTE_ROPE
-    no_bias = not reader.find("biases", bool, "attention_bias")
+    half_split = read_half_split(reader)
+    rotary = COPY if half_split else PERMUTE_ROPE
     no_sinks = not reader.find("sinks", bool, "attention_sink_bias", "dflash_config.attention_sink_bias")
     # runtimes take an embedding without a head for both
     own_head = Role.TOKEN_EMBEDDING if reader.find("head", bool, "tie_word_embeddings") is False else None
-    attention = "layers.{i}.self_attn."
     return (
         TensorRule("fc.weight", Role.FUSION, ("hidden", "features")),
         TensorRule("hidden_norm.weight", Role.FUSION_NORM, ("hidden",)),
@@ -254,33 +260,30 @@ def rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
             required_with=own_head,
             needed_for="draft_vocab_size",
         ),
-        TensorRule("d2t", Role.DRAFT_TO_TARGET, ("draft_vocab",), ABSOLUTE_IDS, needed_for="draft_vocab_size"),
+        DRAFT_TO_TARGET,
         TensorRule("layers.{i}.input_layernorm.weight", Role.ATTN_NORM, ("hidden",)),
-        TensorRule(f"{attention}q_proj.weight", Role.ATTN_Q, ("queries", "hidden"), rotary),
-        TensorRule(f"{attention}k_proj.weight", Role.ATTN_K, ("keys", "hidden"), rotary),
-        TensorRule(f"{attention}v_proj.weight", Role.ATTN_V, ("keys", "hidden")),
-        TensorRule(f"{attention}o_proj.weight", Role.ATTN_OUTPUT, ("hidden", "queries")),
-        TensorRule(f"{attention}q_proj.bias", Role.ATTN_Q_BIAS, ("queries",), rotary, optional=no_bias),
-        TensorRule(f"{attention}k_proj.bias", Role.ATTN_K_BIAS, ("keys",), rotary, optional=no_bias),
-        TensorRule(f"{attention}v_proj.bias", Role.ATTN_V_BIAS, ("keys",), optional=no_bias),
-        TensorRule(f"{attention}o_proj.bias", Role.ATTN_OUTPUT_BIAS, ("hidden",), optional=no_bias),
-        TensorRule(f"{attention}q_norm.weight", Role.ATTN_Q_NORM, ("head_dim",), rotary),
-        TensorRule(f"{attention}k_norm.weight", Role.ATTN_K_NORM, ("head_dim",), rotary),
-        TensorRule(f"{attention}sinks", Role.ATTN_SINKS, ("heads",), optional=no_sinks),
-        TensorRule(f"{attention}attention_sink_bias", Role.ATTN_SINKS, ("heads",), optional=no_sinks),
-        TensorRule(f"{attention}learnable_sink_param", Role.ATTN_SINKS, ("heads",), optional=no_sinks),
+        TensorRule(f"{ATTENTION}q_proj.weight", Role.ATTN_Q, ("queries", "hidden"), rotary),
+        TensorRule(f"{ATTENTION}k_proj.weight", Role.ATTN_K, ("keys", "hidden"), rotary),
+        TensorRule(f"{ATTENTION}v_proj.weight", Role.ATTN_V, ("keys", "hidden")),
+        TensorRule(f"{ATTENTION}o_proj.weight", Role.ATTN_OUTPUT, ("hidden", "queries")),
+        *attention_biases(reader, half_split),
+        TensorRule(f"{ATTENTION}q_norm.weight", Role.ATTN_Q_NORM, ("head_dim",), rotary),
+        TensorRule(f"{ATTENTION}k_norm.weight", Role.ATTN_K_NORM, ("head_dim",), rotary),
+        TensorRule(f"{ATTENTION}sinks", Role.ATTN_SINKS, ("heads",), optional=no_sinks),
+        TensorRule(f"{ATTENTION}attention_sink_bias", Role.ATTN_SINKS, ("heads",), optional=no_sinks),
+        TensorRule(f"{ATTENTION}learnable_sink_param", Role.ATTN_SINKS, ("heads",), optional=no_sinks),
         TensorRule("layers.{i}.post_attention_layernorm.weight", Role.FFN_NORM, ("hidden",)),
-        TensorRule("layers.{i}.mlp.gate_proj.weight", Role.FFN_GATE, ("feed_forward", "hidden")),
-        TensorRule("layers.{i}.mlp.up_proj.weight", Role.FFN_UP, ("feed_forward", "hidden")),
-        TensorRule("layers.{i}.mlp.down_proj.weight", Role.FFN_DOWN, ("hidden", "feed_forward")),
+        *feed_forward(),
     )
 
 
 def dropped(reader: ConfigReader) -> tuple[Dropped, ...]:
-    inverse = Dropped("t2d", "the mask of d2t's tokens, which no runtime reads")
     if reader.find("own embedding", bool, "has_embed_tokens") is False:
-        return (inverse, Dropped("embed_tokens.weight", "has_embed_tokens is false: the target's embedding is used"))
-    return (inverse,)
+        return (
+            TARGET_TO_DRAFT,
+            Dropped("embed_tokens.weight", "has_embed_tokens is false: the target's embedding is used"),
+        )
+    return (TARGET_TO_DRAFT,)
 
 
 DFLASH = Kind(

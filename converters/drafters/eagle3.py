@@ -13,9 +13,16 @@ from dataclasses import replace
 from convert_drafter.converters.config import ConfigReader
 from convert_drafter.converters.drafters import dflash
 from convert_drafter.converters.drafters.captures import read_target_depth, read_target_width
+from convert_drafter.converters.drafters.decoder import (
+    ATTENTION,
+    DRAFT_TO_TARGET,
+    TARGET_TO_DRAFT,
+    attention_biases,
+    feed_forward,
+)
 from convert_drafter.converters.drafters.kind import Headers, Kind
 from convert_drafter.converters.drafters.rope import LLAMA3, llama3_factors, read_half_split, read_rope
-from convert_drafter.converters.ops import ABSOLUTE_IDS, COPY, PERMUTE_ROPE
+from convert_drafter.converters.ops import COPY, PERMUTE_ROPE
 from convert_drafter.converters.plan import Dropped, TensorRule, plain_name
 from convert_drafter.converters.roles import Role
 from convert_drafter.converters.spec import DrafterSpec
@@ -163,37 +170,31 @@ def read_captures(reader: ConfigReader) -> tuple[int, ...]:
 
 def rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
     """Every tensor of the kind; the layer's names as in speculators (`plan.plain_name` knows SafeAILab's)."""
-    rotary = COPY if read_half_split(reader) else PERMUTE_ROPE
-    no_bias = not reader.find("biases", bool, "attention_bias")
-    attention = "layers.{i}.self_attn."
+    half_split = read_half_split(reader)
+    rotary = COPY if half_split else PERMUTE_ROPE
     return (
         TensorRule("fc.weight", Role.FUSION, ("hidden", "features")),
         TensorRule("input_norm.weight", Role.FUSION_NORM, ("features",), of="norm_before_fc"),
         TensorRule("norm.weight", Role.OUTPUT_NORM, ("hidden",)),
         TensorRule("embed_tokens.weight", Role.TOKEN_EMBEDDING, ("vocab", "hidden"), needed_for="other_width"),
         TensorRule("lm_head.weight", Role.OUTPUT, ("draft_vocab", "hidden"), needed_for="draft_vocab_size"),
-        TensorRule("d2t", Role.DRAFT_TO_TARGET, ("draft_vocab",), ABSOLUTE_IDS, needed_for="draft_vocab_size"),
+        DRAFT_TO_TARGET,
         TensorRule(ROPE_FACTORS, Role.ROPE_FACTORS, ("rotated_pairs",), optional=True),
         TensorRule("layers.{i}.input_layernorm.weight", Role.ATTN_NORM, ("hidden",)),
         TensorRule("layers.{i}.hidden_norm.weight", Role.ATTN_NORM_2, ("hidden",)),
-        TensorRule(f"{attention}q_proj.weight", Role.ATTN_Q, ("queries", "pair"), rotary),
-        TensorRule(f"{attention}k_proj.weight", Role.ATTN_K, ("keys", "pair"), rotary),
-        TensorRule(f"{attention}v_proj.weight", Role.ATTN_V, ("keys", "pair")),
-        TensorRule(f"{attention}o_proj.weight", Role.ATTN_OUTPUT, ("hidden", "queries")),
-        TensorRule(f"{attention}q_proj.bias", Role.ATTN_Q_BIAS, ("queries",), rotary, optional=no_bias),
-        TensorRule(f"{attention}k_proj.bias", Role.ATTN_K_BIAS, ("keys",), rotary, optional=no_bias),
-        TensorRule(f"{attention}v_proj.bias", Role.ATTN_V_BIAS, ("keys",), optional=no_bias),
-        TensorRule(f"{attention}o_proj.bias", Role.ATTN_OUTPUT_BIAS, ("hidden",), optional=no_bias),
+        TensorRule(f"{ATTENTION}q_proj.weight", Role.ATTN_Q, ("queries", "pair"), rotary),
+        TensorRule(f"{ATTENTION}k_proj.weight", Role.ATTN_K, ("keys", "pair"), rotary),
+        TensorRule(f"{ATTENTION}v_proj.weight", Role.ATTN_V, ("keys", "pair")),
+        TensorRule(f"{ATTENTION}o_proj.weight", Role.ATTN_OUTPUT, ("hidden", "queries")),
+        *attention_biases(reader, half_split),
         TensorRule("layers.{i}.post_attention_layernorm.weight", Role.FFN_NORM, ("hidden",)),
-        TensorRule("layers.{i}.mlp.gate_proj.weight", Role.FFN_GATE, ("feed_forward", "hidden")),
-        TensorRule("layers.{i}.mlp.up_proj.weight", Role.FFN_UP, ("feed_forward", "hidden")),
-        TensorRule("layers.{i}.mlp.down_proj.weight", Role.FFN_DOWN, ("hidden", "feed_forward")),
+        *feed_forward(),
     )
 
 
 def dropped(reader: ConfigReader) -> tuple[Dropped, ...]:
     return (
-        Dropped("t2d", "the mask of d2t's tokens, which no runtime reads"),
+        TARGET_TO_DRAFT,
         Dropped("layers.{i}.self_attn.rotary_emb.inv_freq", "computed from theta"),
     )
 

@@ -6,6 +6,7 @@ Names and facts as transformers and llama.cpp's converter have them (conversion/
 from __future__ import annotations
 
 from convert_drafter.converters.config import ConfigReader
+from convert_drafter.converters.drafters.decoder import feed_forward
 from convert_drafter.converters.drafters.kind import Headers, Kind
 from convert_drafter.converters.drafters.mtp import IGNORED, read_count
 from convert_drafter.converters.drafters.rope import read_scaling, read_theta
@@ -182,13 +183,7 @@ def head_rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
 
 
 def dense_rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
-    mlp = "mtp.layers.{j}.mlp."
-    return (
-        *head_rules(reader),
-        TensorRule(f"{mlp}gate_proj.weight", Role.FFN_GATE, ("feed_forward", "hidden")),
-        TensorRule(f"{mlp}up_proj.weight", Role.FFN_UP, ("feed_forward", "hidden")),
-        TensorRule(f"{mlp}down_proj.weight", Role.FFN_DOWN, ("hidden", "feed_forward")),
-    )
+    return (*head_rules(reader), *feed_forward("mtp.layers.{j}.mlp."))
 
 
 def mixture_rules(reader: ConfigReader) -> tuple[TensorRule, ...]:

@@ -20,12 +20,10 @@ from torch import Tensor, nn
 from convert_drafter.converters.roles import Role
 from convert_drafter.converters.spec import DrafterSpec
 from convert_drafter.converters.verify.in_torch.reference.dflash2 import CandidateSelector, Convolution
-from convert_drafter.converters.verify.in_torch.reference.drafter import Drafted, Tables
+from convert_drafter.converters.verify.in_torch.reference.drafter import Drafted, Tables, over_head, spread_over
 from convert_drafter.converters.verify.in_torch.reference.dspark import ConfidenceHead, MarkovHead
 from convert_drafter.converters.verify.in_torch.reference.rope import rotate
 
-NEVER = -1e30  # the logit of a token that is not in a reduced vocabulary; finite, so that a difference is a number
-HEAD_ROWS = 2**15  # a head in fewer bits is widened piece by piece: whole, it takes gigabytes
 Context = list[tuple[Tensor, Tensor]]  # per layer: keys, turned by their positions, and values, both (..., m, T, d)
 
 
@@ -195,17 +193,14 @@ class DFlash(nn.Module):
 
     def logits(self, hidden: Tensor, head: Tensor) -> Tensor:
         """Final hidden states (..., Q, H) over `head` (rows, H) -> (..., Q, rows); scaled, then capped."""
-        out = torch.cat([hidden @ rows.to(hidden.dtype).T for rows in head.split(HEAD_ROWS)], dim=-1)
+        out = over_head(hidden, head)
         out = out if self.spec.logit_scale is None else out * self.spec.logit_scale
         cap = self.spec.logit_softcap
         return out if cap is None else torch.tanh(out / cap) * cap
 
     def spread(self, logits: Tensor) -> Tensor:
         """Logits over the drafter's own rows (..., rows) -> over the target's vocabulary (..., V)."""
-        if self.d2t is None:
-            return logits
-        whole = logits.new_full((*logits.shape[:-1], self.spec.vocab_size), NEVER)
-        return whole.index_copy(-1, self.d2t.long(), logits)
+        return spread_over(self.spec.vocab_size, self.d2t, logits)
 
     # --- ReferenceDrafter ---
 

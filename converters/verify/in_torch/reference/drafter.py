@@ -8,9 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from convert_drafter.converters.spec import DrafterSpec
+
+NEVER = -1e30  # the logit of a token that is not in a reduced vocabulary; finite, so that a difference is a number
+HEAD_ROWS = 2**15  # a head in fewer bits is widened piece by piece: whole, it takes gigabytes
 
 
 class Tables(NamedTuple):
@@ -53,3 +57,16 @@ class ReferenceDrafter(Protocol):
 
         With `follow` each of them is drafted as if those before it had been these.
         """
+
+
+def over_head(states: Tensor, head: Tensor) -> Tensor:
+    """States (..., H) over `head` (rows, H), of any float dtype -> logits (..., rows) in the states' dtype."""
+    return torch.cat([states @ rows.to(states.dtype).T for rows in head.split(HEAD_ROWS)], dim=-1)
+
+
+def spread_over(vocab_size: int, d2t: Tensor | None, logits: Tensor) -> Tensor:
+    """Logits over the drafter's own rows (..., rows) -> over the target's vocabulary (..., vocab_size)."""
+    if d2t is None:
+        return logits
+    whole = logits.new_full((*logits.shape[:-1], vocab_size), NEVER)
+    return whole.index_copy(-1, d2t.long(), logits)

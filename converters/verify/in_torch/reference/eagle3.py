@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from convert_drafter.converters.roles import Role
 from convert_drafter.converters.spec import DrafterSpec
-from convert_drafter.converters.verify.in_torch.reference.dflash import HEAD_ROWS, NEVER, FeedForward, RMSNorm
-from convert_drafter.converters.verify.in_torch.reference.drafter import Drafted, Tables
+from convert_drafter.converters.verify.in_torch.reference.dflash import FeedForward, RMSNorm
+from convert_drafter.converters.verify.in_torch.reference.drafter import Drafted, Tables, over_head, spread_over
 from convert_drafter.converters.verify.in_torch.reference.rope import rotate
 
 
@@ -133,14 +133,11 @@ class Eagle3(nn.Module):
         """States (..., S, H) -> (..., S, D); only here are they normed."""
         head = head if self.lm_head is None else self.lm_head.weight
         normed = self.norm(states)
-        return torch.cat([normed @ rows.to(normed.dtype).T for rows in head.split(HEAD_ROWS)], dim=-1)
+        return over_head(normed, head)
 
     def spread(self, logits: Tensor) -> Tensor:
         """Logits over the drafter's own rows (..., D) -> over the target's vocabulary (..., V)."""
-        if self.d2t is None:
-            return logits
-        whole = logits.new_full((*logits.shape[:-1], self.spec.vocab_size), NEVER)
-        return whole.index_copy(-1, self.d2t.long(), logits)
+        return spread_over(self.spec.vocab_size, self.d2t, logits)
 
     def embed(self, tokens: Sequence[int], tables: Tables) -> Tensor:
         """(S,) -> (S, H); no runtime scales them, whatever the target does with its own."""

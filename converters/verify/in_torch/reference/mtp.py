@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from convert_drafter.converters.roles import Role
 from convert_drafter.converters.spec import DrafterSpec, Experts
-from convert_drafter.converters.verify.in_torch.reference.dflash import HEAD_ROWS, FeedForward, RMSNorm
-from convert_drafter.converters.verify.in_torch.reference.drafter import Drafted, Tables
+from convert_drafter.converters.verify.in_torch.reference.dflash import FeedForward, RMSNorm
+from convert_drafter.converters.verify.in_torch.reference.drafter import Drafted, Tables, over_head
 from convert_drafter.converters.verify.in_torch.reference.rope import rotate
 
 KeysValues = tuple[Tensor, Tensor]  # keys, turned by their positions, and values, both (..., m, T, d)
@@ -211,7 +211,7 @@ class Mtp(nn.Module):
 
     def logits(self, state: Tensor, head: Tensor) -> Tensor:
         """A final state (..., H) over `head` (vocab, H) -> (..., vocab)."""
-        return torch.cat([state @ rows.to(state.dtype).T for rows in head.split(HEAD_ROWS)], dim=-1)
+        return over_head(state, head)
 
     # --- ReferenceDrafter ---
 
