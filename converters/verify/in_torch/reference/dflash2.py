@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convert_drafter.converters import spec as facts
-from convert_drafter.converters.verify.in_torch.reference.drafter import Drafted
+from convert_drafter.converters.verify.in_torch.reference.drafter import Drafted, followed
 
 
 class Convolution(nn.Module):
@@ -67,5 +67,5 @@ class CandidateSelector(nn.Module):
             scores = unary[i] + self.successor_codebook[candidates[i]] @ pull  # (C,)
             tokens.append(candidates[i, scores.argmax()])
             scored.append(logits[i].scatter(0, candidates[i], scores))
-            before = int(tokens[-1]) if follow is None or i >= len(follow) else follow[i]
+            before = followed(tokens, follow)
         return Drafted(torch.stack(tokens), torch.stack(scored))

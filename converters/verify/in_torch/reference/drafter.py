@@ -70,3 +70,9 @@ def spread_over(vocab_size: int, d2t: Tensor | None, logits: Tensor) -> Tensor:
         return logits
     whole = logits.new_full((*logits.shape[:-1], vocab_size), NEVER)
     return whole.index_copy(-1, d2t.long(), logits)
+
+
+def followed(tokens: Sequence[Tensor], follow: Sequence[int] | None) -> int:
+    """The token that the next draft comes after: the last draft, or what stands in its place in `follow`."""
+    i = len(tokens) - 1
+    return int(tokens[i]) if follow is None or i >= len(follow) else follow[i]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from convert_drafter.converters.verify.in_torch.reference.drafter import Drafted
+from convert_drafter.converters.verify.in_torch.reference.drafter import Drafted, followed
 
 
 class MarkovHead(nn.Module):
@@ -29,11 +29,11 @@ class MarkovHead(nn.Module):
     ) -> Drafted:
         """Logits (count, D) -> drafts, and the logits (count, V) with each one's bias; `spread` maps (D,) to (V,)."""
         before, tokens, biased = anchor, list[Tensor](), list[Tensor]()
-        for i, own in enumerate(logits):
+        for own in logits:
             row = spread(own + self.markov_w2(self.markov_w1.weight[before]))
             tokens.append(row.argmax())
             biased.append(row)
-            before = int(tokens[-1]) if follow is None or i >= len(follow) else follow[i]
+            before = followed(tokens, follow)
         return Drafted(torch.stack(tokens), torch.stack(biased))
 
 

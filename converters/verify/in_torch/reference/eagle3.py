@@ -22,7 +22,13 @@ from torch import Tensor, nn
 from convert_drafter.converters.roles import Role
 from convert_drafter.converters.spec import DrafterSpec
 from convert_drafter.converters.verify.in_torch.reference.dflash import FeedForward, RMSNorm
-from convert_drafter.converters.verify.in_torch.reference.drafter import Drafted, Tables, over_head, spread_over
+from convert_drafter.converters.verify.in_torch.reference.drafter import (
+    Drafted,
+    Tables,
+    followed,
+    over_head,
+    spread_over,
+)
 from convert_drafter.converters.verify.in_torch.reference.rope import rotate
 
 
@@ -178,5 +184,5 @@ class Eagle3(nn.Module):
             g, past = self(self.embed([token], tables), g, at, past)
             scored.append(self.spread(self.logits(g, tables.head))[0])
             tokens.append(scored[-1].argmax())
-            token = int(tokens[-1]) if follow is None or i >= len(follow) else follow[i]
+            token = followed(tokens, follow)
         return Drafted(torch.stack(tokens), torch.stack(scored))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from convert_drafter.converters.roles import Role
 from convert_drafter.converters.spec import DrafterSpec, Experts
 from convert_drafter.converters.verify.in_torch.reference.dflash import FeedForward, RMSNorm
-from convert_drafter.converters.verify.in_torch.reference.drafter import Drafted, Tables, over_head
+from convert_drafter.converters.verify.in_torch.reference.drafter import Drafted, Tables, followed, over_head
 from convert_drafter.converters.verify.in_torch.reference.rope import rotate
 
 KeysValues = tuple[Tensor, Tensor]  # keys, turned by their positions, and values, both (..., m, T, d)
@@ -239,12 +239,12 @@ class Mtp(nn.Module):
         embedding, head = self.tables(tables)
         known: KeysValues = context[:2]
         token, state, tokens, rows = anchor, context.states[-1:], [], []  # the state (1, H) before the anchor
-        for i in range(count):
+        for _ in range(count):
             length = known[0].shape[-2]
             at = torch.tensor([length], device=state.device)
             visible = torch.ones(1, length + 1, dtype=torch.bool, device=state.device)
             state, known = self.mtp(embedding[[token]].to(state.dtype), state, at, known, visible)
             rows.append(self.logits(state[0], head))
             tokens.append(rows[-1].argmax())
-            token = int(tokens[-1]) if follow is None else follow[i]
+            token = followed(tokens, follow)
         return Drafted(torch.stack(tokens), torch.stack(rows))
