@@ -36,6 +36,7 @@ class Role(Enum):
     FFN_UP = "blk.{i}.ffn_up.weight"
     FFN_DOWN = "blk.{i}.ffn_down.weight"
     FFN_ROUTER = "blk.{i}.ffn_gate_inp.weight"
+    FFN_ROUTER_BIAS = "blk.{i}.exp_probs_b.bias"  # added where experts are chosen, not where they are weighed
     FFN_GATE_EXPERTS = "blk.{i}.ffn_gate_exps.weight"
     FFN_UP_EXPERTS = "blk.{i}.ffn_up_exps.weight"
     FFN_DOWN_EXPERTS = "blk.{i}.ffn_down_exps.weight"
@@ -49,6 +50,8 @@ class Role(Enum):
     NEXTN_EMBEDDING_NORM = "blk.{i}.nextn.enorm.weight"
     NEXTN_STATE_NORM = "blk.{i}.nextn.hnorm.weight"
     NEXTN_OUTPUT_NORM = "blk.{i}.nextn.shared_head_norm.weight"
+    NEXTN_EMBEDDING = "blk.{i}.nextn.embed_tokens.weight"  # in place of the target's
+    NEXTN_OUTPUT = "blk.{i}.nextn.shared_head_head.weight"  # in place of the target's output head
     MARKOV_IN = "markov_w1.weight"  # a row for each token that may go before
     MARKOV_OUT = "markov_w2.weight"
     CONFIDENCE = "conf_proj.weight"

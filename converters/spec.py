@@ -18,6 +18,7 @@ from convert_drafter.converters.spec_parts import (
     RopeScaling,
     Selector,
     SlidingWindow,
+    Trunk,
     yarn_attention,
 )
 
@@ -64,6 +65,7 @@ class DrafterSpec:
     norm_before_fc: bool | None = None  # are captured states normed before they are fused
     linear_attention: LinearAttention | None = None
     experts: Experts | None = None
+    trunk: Trunk | None = None
 
     @property
     def first_layer(self) -> int:
@@ -136,9 +138,10 @@ _POSITIVE = (
     "markov_rank", "draft_vocab_size",
     "linear_attention.kernel_size", "linear_attention.key_head_dim", "linear_attention.key_head_count",
     "linear_attention.value_head_count", "linear_attention.value_head_dim",
-    "experts.count", "experts.used", "experts.shared_feed_forward_size",
+    "experts.count", "experts.used", "experts.shared_feed_forward_size", "experts.groups", "experts.groups_used",
+    "trunk.feed_forward_size",
     # a zero in these keys means "none" to llama.cpp, and would mean something else here
-    "attention_value_scale", "embedding_scale", "logit_scale", "logit_softcap",
+    "attention_value_scale", "embedding_scale", "logit_scale", "logit_softcap", "experts.scale",
 )  # fmt: skip
 # Facts that a kind cannot be without, beside those of every drafter.
 _BLOCK = frozenset({"block_size", "mask_token_id", "capture_layers"})
@@ -147,6 +150,7 @@ _LINEAR = frozenset(
     for name in ("kernel_size", "key_head_dim", "key_head_count", "value_head_count", "value_head_dim", "layers")
 )
 _EXPERTS = ("experts.count", "experts.used", "experts.shared_feed_forward_size")
+_CHOICE = ("experts.scoring", "experts.normed", "experts.scale")
 OF_KIND: dict[str, frozenset[str]] = {
     "dflash": _BLOCK,
     "dflash2": _BLOCK | {"convolution.kernel_size", "convolution.group_size", "selector.rank", "selector.top_k"},
@@ -155,10 +159,9 @@ OF_KIND: dict[str, frozenset[str]] = {
     "mtp-qwen35": _LINEAR | {"rope.sections"},
     "mtp-qwen35moe": _LINEAR | {"rope.sections", *_EXPERTS},
     "mtp-qwen3next": _LINEAR.union(_EXPERTS),
+    "mtp-glm4moe": frozenset({*_EXPERTS, *_CHOICE, "trunk.dense_layer_count", "trunk.feed_forward_size"}),
 }
-HEADS = frozenset(
-    {"mtp-qwen35", "mtp-qwen35moe", "mtp-qwen3next"}
-)  # kinds whose layers are further layers of their target
+HEADS = frozenset(kind for kind in OF_KIND if kind.startswith("mtp-"))  # their layers are further ones of their target
 
 
 # --- the spec as a flat table of facts: what dialects, inspect and doctor work on ---
@@ -172,6 +175,7 @@ _NESTED: dict[str, type] = {
     "selector": Selector,
     "linear_attention": LinearAttention,
     "experts": Experts,
+    "trunk": Trunk,
 }
 
 
@@ -237,6 +241,7 @@ __all__ = [
     "RopeScaling",
     "Selector",
     "SlidingWindow",
+    "Trunk",
     "facts_of",
     "required",
     "spec_from",

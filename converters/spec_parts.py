@@ -136,17 +136,45 @@ class LinearAttention:
     interval: int | None = None
 
 
+SCORINGS = ("softmax", "sigmoid")
+
+
 @dataclass(frozen=True)
 class Experts:
     """A mixture in place of a feed-forward: `used` of `count` experts for a token, and one that is always used.
 
-    An expert's own width is the drafter's `feed_forward_size`.
+    An expert's own width is the drafter's `feed_forward_size`. How experts are chosen and weighed is None where it
+    goes without saying for the kind: `scoring` makes scores of a router's outputs, `normed` makes those of the chosen
+    experts add up to one, `scale` multiplies them. Only experts in the `groups_used` best of `groups` are chosen.
     """
 
     count: int
     used: int
-    shared_feed_forward_size: int
+    shared_feed_forward_size: int | None = None
+    scoring: str | None = None
+    normed: bool | None = None
+    scale: float | None = None
+    groups: int | None = None
+    groups_used: int | None = None
 
     def __post_init__(self) -> None:
         if self.used > self.count:
             raise BadFact("experts.used", self.used, f"at most the {self.count} experts there are")
+        if self.scoring not in (None, *SCORINGS):
+            raise BadFact("experts.scoring", self.scoring, f"one of {', '.join(SCORINGS)}")
+        groups, used = self.groups or 1, self.groups_used or 1
+        if self.count % groups:
+            raise BadFact("experts.groups", self.groups, f"a divisor of {self.count} experts")
+        if used > groups or self.used > used * (self.count // groups):
+            raise BadFact("experts.groups_used", self.groups_used, f"up to {groups}, that hold the {self.used} used")
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """What only a target's own layers are built by: a head has no use for it, but its file is loaded as its target's.
+
+    The first `dense_layer_count` layers are no mixtures; `feed_forward_size` is their width.
+    """
+
+    dense_layer_count: int | None = None
+    feed_forward_size: int | None = None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import make_mtp
+import make_mtp_glm
 import numpy as np
 from published import DELETE, changed
 from safetensors.numpy import load_file, save_file
@@ -118,6 +120,16 @@ def as_multimodal(folder: Path) -> Path:
     return folder
 
 
+# Every family that has a head, by a short name.
+SOURCES: dict[str, Callable[[Path], Path]] = {
+    "trained": make_mtp.trained,
+    "small": small,
+    "mixture": mixture,
+    "next": qwen3_next,
+    "glm": make_mtp_glm.random,
+}
+
+
 def job(source: Path, out: Path, **options: Any) -> ConvertJob:
     return ConvertJob(source, options.pop("target", None), "llama.cpp", options.pop("recipe", "F32"), out, **options)
 
@@ -128,6 +140,7 @@ def planned(source: Path, **options: Any) -> Conversion:
 
 __all__ = [
     "DELETE",
+    "SOURCES",
     "as_multimodal",
     "job",
     "mixture",

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from llama_server import llama_server
 from llama_source import run_converter
-from mtp_checkpoints import job, mixture, qwen3_next, small
+from mtp_checkpoints import SOURCES, job
 from published import FIXTURES
 from test_against_llama_cpp import differences, facts_of_file, listed_for, verdict
 from test_quantize_engine import assert_same_file, llama_quantize
@@ -39,7 +39,7 @@ RECORDED = json.loads((make_mtp.TRAINED.parent / "acceptance.json").read_text())
 PROMPTS = [json.loads(line)["tokens"] for line in make_mtp.PROMPTS.read_text().splitlines()]
 NEW_TOKENS = 128
 RECIPES = ("F32", "F16", "BF16", "Q8_0")
-SOURCES = ("trained", "small", "mixture", "next")
+RANDOM = [name for name in SOURCES if name != "trained"]
 TRACED = re.compile(r"draft candidate +0, pos +(\d+): +(\d+) ")  # what llama-server drafts, as its trace has it
 DRAFTING = [
     *("--spec-type", "draft-mtp", "--spec-draft-n-max", "3", "--spec-draft-p-min", "0"),
@@ -54,12 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sources(folder: Path) -> dict[str, Path]:
-    return {
-        "trained": make_mtp.trained(folder / "trained"),
-        "small": small(folder / "small"),
-        "mixture": mixture(folder / "mixture"),
-        "next": qwen3_next(folder / "next"),
-    }
+    return {name: make(folder / name) for name, make in SOURCES.items()}
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +195,7 @@ def same_drafts(
             if replays and right < len(drafts):
                 last = target.write([*text[: position + 1], *drafts], 1, [FINAL])[1][FINAL][-1:]
                 embedded = drafter.tables(target.tables).embedding[[text[position]]]
-                keys, values = drafter.mtp.keys_values(embedded, last, torch.tensor([position]))
+                keys, values = drafter.head.keys_values(embedded, last, torch.tensor([position]))
                 context.keys[..., position : position + 1, :] = keys
                 context.values[..., position : position + 1, :] = values
     return same, drafted
@@ -212,11 +207,11 @@ def test_drafts_are_the_reference_s(sources: dict[str, Path], head: Path, separa
     assert drafted > 1500 and same >= 0.99 * drafted, (same, drafted)
 
 
-@pytest.mark.parametrize("name", ["small", "mixture", "next"])
+@pytest.mark.parametrize("name", RANDOM)
 def test_drafts_of_any_other_shape_are_the_reference_s(
     name: str, sources: dict[str, Path], theirs: Path, folder: Path
 ) -> None:
-    """Partly rotated heads, an output head, three linear layers of four, experts; random weights nobody accepts.
+    """Partly rotated heads, an output head, linear layers, experts, all families; random weights nobody accepts.
 
     Each prompt has a server of its own: a second one's first position reads the last state of the text before, which
     such a head hears.

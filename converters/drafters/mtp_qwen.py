@@ -5,13 +5,25 @@ Names and facts as transformers and llama.cpp's converter have them (conversion/
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from convert_drafter.converters.config import ConfigReader
 from convert_drafter.converters.drafters.decoder import feed_forward
 from convert_drafter.converters.drafters.kind import Headers, Kind
-from convert_drafter.converters.drafters.mtp import IGNORED, read_count
-from convert_drafter.converters.drafters.rope import read_scaling, read_theta
+from convert_drafter.converters.drafters.mtp import (
+    IGNORED,
+    count_own,
+    dropped,
+    expert_rules,
+    read_depth,
+    read_head,
+    read_rope,
+    refuse_scaling,
+    shared_expert_rules,
+    shared_rules,
+)
 from convert_drafter.converters.ops import PLUS_ONE
-from convert_drafter.converters.plan import Dropped, TensorRule
+from convert_drafter.converters.plan import TensorRule
 from convert_drafter.converters.roles import Role
 from convert_drafter.converters.spec import MROPE_SECTIONS, DrafterSpec, Experts, LinearAttention, Rope
 from convert_drafter.converters.target import Target
@@ -57,31 +69,11 @@ def read_qwen(
 ) -> DrafterSpec:
     reader.enter("text_config")
     check_qwen(reader)
-    count = read_count(reader, headers, has_key=kind != "mtp-qwen3next")
-    depth = reader.get("target_layer_count", int, "num_hidden_layers")
-    hidden = reader.get("hidden_size", int, "hidden_size")
-    head_dim = reader.get("head_dim", int, "head_dim")
-    reader.origins["target_hidden_size"] = reader.origins["hidden_size"]
-    reader.origins["causal"] = "an MTP head drafts one token after the other"
-    check_target(reader, target, depth, hidden)
-    return DrafterSpec(
-        kind=kind,
-        layer_count=count,
-        hidden_size=hidden,
-        feed_forward_size=reader.get("feed_forward_size", int, width),
-        head_count=reader.get("head_count", int, "num_attention_heads"),
-        kv_head_count=reader.get("kv_head_count", int, "num_key_value_heads"),
-        head_dim=head_dim,
-        context_length=reader.get("context_length", int, "max_position_embeddings"),
-        vocab_size=reader.get("vocab_size", int, "vocab_size"),
-        norm_epsilon=reader.get("norm_epsilon", float, "rms_norm_eps"),
-        rope=read_rope(reader, head_dim, mrope=kind != "mtp-qwen3next"),
-        target_layer_count=depth,
-        target_hidden_size=hidden,
-        causal=True,
-        linear_attention=read_linear(reader, depth),
-        experts=experts,
-    )
+    is_next = kind == "mtp-qwen3next"
+    count = count_own(reader, headers, has_key=not is_next)
+    rope = read_rope(reader) if is_next else read_sections(reader, read_rope(reader))
+    linear = read_linear(reader, read_depth(reader))
+    return read_head(kind, reader, target, count, width, rope, linear_attention=linear, experts=experts)
 
 
 def check_qwen(reader: ConfigReader) -> None:
@@ -90,39 +82,18 @@ def check_qwen(reader: ConfigReader) -> None:
     reader.expect("attention_bias", False, "llama.cpp's Qwen3.5 has no biases")
     reader.expect("attn_output_gate", True, "the query projection holds a gate for each head")
     reader.expect("mtp_use_dedicated_embeddings", False, "the head shares its target's embedding")
-    if (scaling := read_scaling(reader, ("linear", "yarn"))) is not None:
-        raise reader.error("rope_parameters", f"found {scaling.method} scaling", "none: not converted for MTP heads")
+    refuse_scaling(reader)
 
 
-def check_target(reader: ConfigReader, target: Target | None, depth: int, hidden: int) -> None:
-    """A `--target` beside the checkpoint is another copy of the same model."""
-    if target is None:
-        return
-    for field, ours, theirs in (
-        ("target_layer_count", depth, target.layer_count),
-        ("target_hidden_size", hidden, target.hidden_size),
-    ):
-        if ours != theirs:
-            expected = f"{theirs}, as the target {target.name} has; an MTP head belongs to the model it was trained in"
-            raise reader.error(reader.origins[field], f"found {ours}", expected)
-
-
-def read_rope(reader: ConfigReader, head_dim: int, mrope: bool) -> Rope:
-    """Rotated dimensions and M-RoPE sections have defaults in transformers and in llama.cpp; here they are facts."""
-    theta = read_theta(reader, [])
-    factor = reader.get("rope.dimensions", float, "rope_parameters.partial_rotary_factor", "partial_rotary_factor")
-    if not 0 < factor <= 1:
-        raise reader.error(reader.origins["rope.dimensions"], f"found {factor}", "a fraction of the head, in (0, 1]")
-    dimensions = int(head_dim * factor)
-    if not mrope:
-        return Rope(theta, dimensions)
+def read_sections(reader: ConfigReader, rope: Rope) -> Rope:
+    """With its M-RoPE sections, which have defaults in transformers and in llama.cpp; here they are facts."""
     sections = reader.find_list("rope.sections", int, "rope_parameters.mrope_section")
     if sections is None:
         raise reader.missing("rope.sections", "three widths", "rope_parameters.mrope_section")
-    if len(sections) > MROPE_SECTIONS or 2 * sum(sections) != dimensions:
-        expected = f"at most {MROPE_SECTIONS} widths that together are half of {dimensions} rotated dimensions"
+    if len(sections) > MROPE_SECTIONS or 2 * sum(sections) != rope.dimensions:
+        expected = f"at most {MROPE_SECTIONS} widths that together are half of {rope.dimensions} rotated dimensions"
         raise reader.error(reader.origins["rope.sections"], f"found {list(sections)}", expected)
-    return Rope(theta, dimensions, sections=(*sections, *[0] * (MROPE_SECTIONS - len(sections))))
+    return replace(rope, sections=(*sections, *[0] * (MROPE_SECTIONS - len(sections))))
 
 
 def read_linear(reader: ConfigReader, depth: int) -> LinearAttention:
@@ -151,22 +122,14 @@ def read_linear(reader: ConfigReader, depth: int) -> LinearAttention:
     return LinearAttention(**linear, layers=tuple(name == "linear_attention" for name in types), interval=interval)
 
 
-def is_tied(reader: ConfigReader) -> bool:
-    reader.enter("text_config")
-    return reader.find("head", bool, "tie_word_embeddings") is True
-
-
 def head_rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
     """The head but its feed-forward, and of its target what a runtime needs to load the head alone.
 
     All norms are published as what they differ from one by.
     """
     layer, attention = "mtp.layers.{j}.", "mtp.layers.{j}.self_attn."
-    no_head = not reader.raw or is_tied(reader)  # of a config nobody gave nothing is known
     return (
-        TensorRule("embed_tokens.weight", Role.TOKEN_EMBEDDING, ("vocab", "hidden")),
-        TensorRule("norm.weight", Role.OUTPUT_NORM, ("hidden",), PLUS_ONE),
-        TensorRule("lm_head.weight", Role.OUTPUT, ("vocab", "hidden"), optional=no_head),
+        *shared_rules(reader, PLUS_ONE),
         TensorRule(f"{layer}input_layernorm.weight", Role.ATTN_NORM, ("hidden",), PLUS_ONE),
         TensorRule(f"{attention}q_proj.weight", Role.ATTN_Q, ("queries and gates", "hidden")),
         TensorRule(f"{attention}k_proj.weight", Role.ATTN_K, ("keys", "hidden")),
@@ -187,26 +150,13 @@ def dense_rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
 
 
 def mixture_rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
-    """Experts are stacked, whatever the checkpoint has (`stack_experts`)."""
     mlp = "mtp.layers.{j}.mlp."
-    experts, shared = f"{mlp}experts.", f"{mlp}shared_expert."
     return (
         *head_rules(reader),
-        TensorRule(f"{mlp}gate.weight", Role.FFN_ROUTER, ("experts", "hidden")),
-        TensorRule(f"{experts}gate_proj.weight", Role.FFN_GATE_EXPERTS, ("experts", "feed_forward", "hidden")),
-        TensorRule(f"{experts}up_proj.weight", Role.FFN_UP_EXPERTS, ("experts", "feed_forward", "hidden")),
-        TensorRule(f"{experts}down_proj.weight", Role.FFN_DOWN_EXPERTS, ("experts", "hidden", "feed_forward")),
+        *expert_rules(mlp),
         TensorRule(f"{mlp}shared_expert_gate.weight", Role.FFN_SHARED_ROUTER, ("one", "hidden")),
-        TensorRule(f"{shared}gate_proj.weight", Role.FFN_GATE_SHARED, ("shared_feed_forward", "hidden")),
-        TensorRule(f"{shared}up_proj.weight", Role.FFN_UP_SHARED, ("shared_feed_forward", "hidden")),
-        TensorRule(f"{shared}down_proj.weight", Role.FFN_DOWN_SHARED, ("hidden", "shared_feed_forward")),
+        *shared_expert_rules(f"{mlp}shared_expert."),
     )
-
-
-def dropped(reader: ConfigReader) -> tuple[Dropped, ...]:
-    if is_tied(reader):
-        return (Dropped("lm_head.weight", "tie_word_embeddings is true: the embedding is the output head"),)
-    return ()
 
 
 QWEN35 = Kind(

@@ -62,7 +62,10 @@ def file_weights(file: DrafterFile) -> Weights:
 
 
 def parameter_names(spec: DrafterSpec) -> dict[TensorKey, str]:
-    """Canonical key -> parameter of the reference, which carries the checkpoint's names (the first of several)."""
+    """Canonical key -> parameter of the reference, which carries the checkpoint's names (the first of several), but for
+    MTP heads, of which each family has names of its own."""
+    if spec.kind in HEADS:
+        return Mtp.parameter_names(spec)
     rules = reversed(rules_of(spec.kind))
     return {key: rule.source_name(key, spec) for rule in rules for key in rule.keys(spec)}
 

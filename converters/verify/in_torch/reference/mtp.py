@@ -6,42 +6,83 @@ output in place of the target's state. Source of the algorithm: DeepSeek-V3 (arX
 of llama.cpp's `src/models/qwen35.cpp` (graph_mtp) and `common/speculative.cpp` (draft-mtp).
 
 Shapes: T positions read, S positions in one pass, H hidden, n/m heads and kv heads, d head_dim; `...` are leading batch
-dimensions. The modules carry the tensor names of a Qwen3.5 checkpoint behind its `mtp.`; norms multiply by their
-weight as it is, where the checkpoint stores what it differs from one by.
+dimensions. A head's modules carry the names that follow `mtp.` in a Qwen3.5 checkpoint, whatever its family calls them
+(`NAMES`); norms multiply by their weight as it is, where Qwen stores what it differs from one by.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convert_drafter.converters.roles import Role
-from convert_drafter.converters.spec import DrafterSpec, Experts
+from convert_drafter.converters.roles import Role, TensorKey
+from convert_drafter.converters.spec import DrafterSpec
 from convert_drafter.converters.verify.in_torch.reference.dflash import FeedForward, RMSNorm
 from convert_drafter.converters.verify.in_torch.reference.drafter import Drafted, Tables, followed, over_head
+from convert_drafter.converters.verify.in_torch.reference.mixture import Mixture
 from convert_drafter.converters.verify.in_torch.reference.rope import rotate
 
+_ATTENTION, _MLP = "layers.0.self_attn.", "layers.0.mlp."
+# Parameters by what they are for: those of one head, and those the drafter has once.
+NAMES = {
+    Role.ATTN_NORM: "layers.0.input_layernorm.weight",
+    Role.ATTN_Q: f"{_ATTENTION}q_proj.weight",
+    Role.ATTN_K: f"{_ATTENTION}k_proj.weight",
+    Role.ATTN_V: f"{_ATTENTION}v_proj.weight",
+    Role.ATTN_OUTPUT: f"{_ATTENTION}o_proj.weight",
+    Role.ATTN_Q_BIAS: f"{_ATTENTION}q_proj.bias",
+    Role.ATTN_K_BIAS: f"{_ATTENTION}k_proj.bias",
+    Role.ATTN_V_BIAS: f"{_ATTENTION}v_proj.bias",
+    Role.ATTN_Q_NORM: f"{_ATTENTION}q_norm.weight",
+    Role.ATTN_K_NORM: f"{_ATTENTION}k_norm.weight",
+    Role.FFN_NORM: "layers.0.post_attention_layernorm.weight",
+    Role.FFN_GATE: f"{_MLP}gate_proj.weight",
+    Role.FFN_UP: f"{_MLP}up_proj.weight",
+    Role.FFN_DOWN: f"{_MLP}down_proj.weight",
+    Role.FFN_ROUTER: f"{_MLP}gate.weight",
+    Role.FFN_ROUTER_BIAS: f"{_MLP}choice_bias",
+    Role.FFN_GATE_EXPERTS: f"{_MLP}experts.gate_proj.weight",
+    Role.FFN_UP_EXPERTS: f"{_MLP}experts.up_proj.weight",
+    Role.FFN_DOWN_EXPERTS: f"{_MLP}experts.down_proj.weight",
+    Role.FFN_SHARED_ROUTER: f"{_MLP}shared_expert_gate.weight",
+    Role.FFN_GATE_SHARED: f"{_MLP}shared_expert.gate_proj.weight",
+    Role.FFN_UP_SHARED: f"{_MLP}shared_expert.up_proj.weight",
+    Role.FFN_DOWN_SHARED: f"{_MLP}shared_expert.down_proj.weight",
+    Role.NEXTN_PROJ: "fc.weight",
+    Role.NEXTN_EMBEDDING_NORM: "pre_fc_norm_embedding.weight",
+    Role.NEXTN_STATE_NORM: "pre_fc_norm_hidden.weight",
+    Role.NEXTN_OUTPUT_NORM: "norm.weight",
+    Role.NEXTN_EMBEDDING: "embed_tokens.weight",
+    Role.NEXTN_OUTPUT: "lm_head.weight",
+}
+SHARED_NAMES = {
+    Role.TOKEN_EMBEDDING: "embed_tokens.weight",
+    Role.OUTPUT_NORM: "norm.weight",
+    Role.OUTPUT: "lm_head.weight",
+}
+PACKED_GATES = frozenset({"mtp-qwen35", "mtp-qwen35moe", "mtp-qwen3next"})  # in the query projection
 KeysValues = tuple[Tensor, Tensor]  # keys, turned by their positions, and values, both (..., m, T, d)
 
 
-class GatedAttention(nn.Module):
-    """Full attention whose output is weighted by a gate that the query projection yields beside each head's query."""
+class Attention(nn.Module):
+    """Full attention. Of some kinds a gate weighs its output, which the query projection yields beside each query."""
 
-    def __init__(self, spec: DrafterSpec) -> None:
+    def __init__(self, spec: DrafterSpec, roles: Collection[Role]) -> None:
         super().__init__()
         self.spec = spec
+        self.gated = spec.kind in PACKED_GATES
         hidden, d = spec.hidden_size, spec.head_dim
-        self.q_proj = nn.Linear(hidden, 2 * spec.head_count * d, bias=False)
-        self.k_proj = nn.Linear(hidden, spec.kv_head_count * d, bias=False)
-        self.v_proj = nn.Linear(hidden, spec.kv_head_count * d, bias=False)
-        self.o_proj = nn.Linear(spec.head_count * d, hidden, bias=False)
-        self.q_norm = RMSNorm(d, spec.norm_epsilon)
-        self.k_norm = RMSNorm(d, spec.norm_epsilon)
+        queries, keys = spec.head_count * d, spec.kv_head_count * d
+        self.q_proj = nn.Linear(hidden, queries * (2 if self.gated else 1), bias=Role.ATTN_Q_BIAS in roles)
+        self.k_proj = nn.Linear(hidden, keys, bias=Role.ATTN_K_BIAS in roles)
+        self.v_proj = nn.Linear(hidden, keys, bias=Role.ATTN_V_BIAS in roles)
+        self.o_proj = nn.Linear(queries, hidden, bias=False)
+        self.q_norm = RMSNorm(d, spec.norm_epsilon) if Role.ATTN_Q_NORM in roles else nn.Identity()
+        self.k_norm = RMSNorm(d, spec.norm_epsilon) if Role.ATTN_K_NORM in roles else nn.Identity()
 
     def heads(self, x: Tensor, count: int) -> Tensor:
         """(..., S, count * width) -> (..., count, S, width)"""
@@ -57,64 +98,25 @@ class GatedAttention(nn.Module):
 
     def forward(self, x: Tensor, at: Tensor, every: KeysValues, visible: Tensor) -> Tensor:
         """`every` holds the keys and values of all T + S positions, `visible` (S, T + S) where a query may look."""
-        q, gate = self.heads(self.q_proj(x), self.spec.head_count).chunk(2, dim=-1)  # both (..., n, S, d)
+        q, gate = self.heads(self.q_proj(x), self.spec.head_count), None  # (..., n, S, d or 2 * d)
+        if self.gated:
+            q, gate = q.chunk(2, dim=-1)
         q = self.rope(self.q_norm(q), at)
         o = F.scaled_dot_product_attention(q, *every, attn_mask=visible, enable_gqa=True)
-        o = o * gate.sigmoid()
+        o = o if gate is None else o * gate.sigmoid()
         out: Tensor = self.o_proj(o.transpose(-2, -3).flatten(-2))  # (..., S, H)
         return out
 
 
-class Projections(nn.Module):
-    """The weights of all experts, (experts, out, in) each."""
-
-    def __init__(self, experts: int, width: int, hidden: int) -> None:
-        super().__init__()
-        self.gate_proj = Stacked(experts, width, hidden)
-        self.up_proj = Stacked(experts, width, hidden)
-        self.down_proj = Stacked(experts, hidden, width)
-
-    def forward(self, x: Tensor, expert: int) -> Tensor:
-        """(tokens, H) through one expert."""
-        inner = F.silu(x @ self.gate_proj.weight[expert].T) * (x @ self.up_proj.weight[expert].T)
-        return inner @ self.down_proj.weight[expert].T
-
-
-class Stacked(nn.Module):
-    def __init__(self, *shape: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(shape))
-
-
-class Mixture(nn.Module):
-    """A few of many experts for each token, and one for all, which a gate of its own weighs."""
-
-    def __init__(self, spec: DrafterSpec, experts: Experts) -> None:
-        super().__init__()
-        self.used = experts.used
-        self.gate = nn.Linear(spec.hidden_size, experts.count, bias=False)
-        self.experts = Projections(experts.count, spec.feed_forward_size, spec.hidden_size)
-        self.shared_expert = FeedForward(replace(spec, feed_forward_size=experts.shared_feed_forward_size))
-        self.shared_expert_gate = nn.Linear(spec.hidden_size, 1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])  # (tokens, H)
-        shares, chosen = self.gate(flat).softmax(-1).topk(self.used)
-        shares = shares / shares.sum(-1, keepdim=True)
-        out = self.shared_expert(flat) * self.shared_expert_gate(flat).sigmoid()
-        for expert in chosen.unique().tolist():
-            token, place = (chosen == expert).nonzero(as_tuple=True)
-            out = out.index_add(0, token, self.experts(flat[token], expert) * shares[token, place, None])
-        return out.reshape(x.shape)
-
-
 class Layer(nn.Module):
-    def __init__(self, spec: DrafterSpec) -> None:
+    def __init__(self, spec: DrafterSpec, roles: Collection[Role]) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(spec.hidden_size, spec.norm_epsilon)
-        self.self_attn = GatedAttention(spec)
+        self.self_attn = Attention(spec, roles)
         self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.norm_epsilon)
-        self.mlp = FeedForward(spec) if spec.experts is None else Mixture(spec, spec.experts)
+        self.mlp = (
+            Mixture(spec, spec.experts, roles) if Role.FFN_ROUTER in roles and spec.experts else FeedForward(spec)
+        )
 
     def keys_values(self, x: Tensor, at: Tensor) -> KeysValues:
         found: KeysValues = self.self_attn.keys_values(self.input_layernorm(x), at)
@@ -127,16 +129,19 @@ class Layer(nn.Module):
 
 
 class Head(nn.Module):
-    """The head by itself: what lies behind `mtp.` in a checkpoint."""
+    """One head by itself: what lies behind `mtp.` in a checkpoint of Qwen3.5."""
 
-    def __init__(self, spec: DrafterSpec) -> None:
+    def __init__(self, spec: DrafterSpec, roles: Collection[Role]) -> None:
         super().__init__()
         hidden = spec.hidden_size
         self.fc = nn.Linear(2 * hidden, hidden, bias=False)
         self.pre_fc_norm_embedding = RMSNorm(hidden, spec.norm_epsilon)
         self.pre_fc_norm_hidden = RMSNorm(hidden, spec.norm_epsilon)
-        self.layers = nn.ModuleList([Layer(spec)])
-        self.norm = RMSNorm(hidden, spec.norm_epsilon)
+        self.layers = nn.ModuleList([Layer(spec, roles)])
+        self.norm = RMSNorm(hidden, spec.norm_epsilon) if Role.NEXTN_OUTPUT_NORM in roles else None
+        size = (spec.vocab_size, hidden)
+        self.embed_tokens = nn.Embedding(*size) if Role.NEXTN_EMBEDDING in roles else None
+        self.lm_head = nn.Linear(*size[::-1], bias=False) if Role.NEXTN_OUTPUT in roles else None
 
     def join(self, embedded: Tensor, states: Tensor) -> Tensor:
         """Token embeddings beside the states of the positions before: both (..., S, H) -> (..., S, H)."""
@@ -152,14 +157,15 @@ class Head(nn.Module):
     def forward(
         self, embedded: Tensor, states: Tensor, at: Tensor, before: KeysValues, visible: Tensor
     ) -> tuple[Tensor, KeysValues]:
-        """Final states (..., S, H), normed, and the keys and values with those of these positions at their end.
+        """Final states (..., S, H), normed where the head has a norm of its own, and the keys and values with those of
+        these positions at their end.
 
         `at` (S,) are positions, `visible` (S, T + S) is True where a query may look.
         """
         x = self.join(embedded, states)
         every = extended(before, self.layers[0].keys_values(x, at))
-        out: Tensor = self.norm(self.layers[0](x, at, every, visible))
-        return out, every
+        out: Tensor = self.layers[0](x, at, every, visible)
+        return out if self.norm is None else self.norm(out), every
 
 
 def extended(before: KeysValues, more: KeysValues) -> KeysValues:
@@ -188,7 +194,8 @@ class Context(NamedTuple):
 class Mtp(nn.Module):
     """An MTP head as a drafter. `roles` are the tensors it has beside those every head has.
 
-    Embedding and output are the target's, unless they are among `roles`; the target's own final norm is not used.
+    Embedding and output are the target's, unless they are among `roles`; the target's own final norm is used where the
+    head has none.
     """
 
     depends = True
@@ -196,18 +203,36 @@ class Mtp(nn.Module):
     def __init__(self, spec: DrafterSpec, roles: Collection[Role] = ()) -> None:
         super().__init__()
         self.spec = spec
-        self.mtp = Head(spec)
+        self.heads = nn.ModuleList([Head(spec, roles) for _ in spec.layers])
         self.norm = RMSNorm(spec.hidden_size, spec.norm_epsilon) if Role.OUTPUT_NORM in roles else None
         size = (spec.vocab_size, spec.hidden_size)
         self.embed_tokens = nn.Embedding(*size) if Role.TOKEN_EMBEDDING in roles else None
         self.lm_head = nn.Linear(*size[::-1], bias=False) if Role.OUTPUT in roles else None
 
+    @staticmethod
+    def parameter_names(spec: DrafterSpec) -> dict[TensorKey, str]:
+        """Of every tensor that a head of any family may have."""
+        own = {(role, i): f"heads.{n}.{name}" for n, i in enumerate(spec.layers) for role, name in NAMES.items()}
+        return own | {(role, None): name for role, name in SHARED_NAMES.items()}
+
+    @property
+    def head(self) -> Head:
+        """The one that drafts."""
+        head: Head = self.heads[0]
+        return head
+
     def tables(self, tables: Tables) -> Tables:
         """Those in use: the target's, or the drafter's own; an own embedding without an own head serves for both."""
-        embedding, head = tables
+        embedding, output = tables
         if self.embed_tokens is not None:
-            embedding = head = self.embed_tokens.weight
-        return Tables(embedding, head if self.lm_head is None else self.lm_head.weight)
+            embedding = output = self.embed_tokens.weight
+        if self.lm_head is not None:
+            output = self.lm_head.weight
+        own, own_output = self.head.embed_tokens, self.head.lm_head
+        return Tables(
+            embedding if own is None else own.weight,
+            output if own_output is None else own_output.weight,
+        )
 
     def logits(self, state: Tensor, head: Tensor) -> Tensor:
         """A final state (..., H) over `head` (vocab, H) -> (..., vocab)."""
@@ -222,7 +247,7 @@ class Mtp(nn.Module):
         embedding, _ = self.tables(tables)
         embedded = embedding[list(tokens[start : start + len(captured)])].to(captured.dtype)
         before = None if context is None else context.states[-1:]
-        new = self.mtp.keys_values(embedded, shifted(captured, before), at)
+        new = self.head.keys_values(embedded, shifted(captured, before), at)
         if context is None:
             return Context(*new, captured)
         return Context(*extended(context[:2], new), torch.cat([context.states, captured]))
@@ -243,7 +268,8 @@ class Mtp(nn.Module):
             length = known[0].shape[-2]
             at = torch.tensor([length], device=state.device)
             visible = torch.ones(1, length + 1, dtype=torch.bool, device=state.device)
-            state, known = self.mtp(embedding[[token]].to(state.dtype), state, at, known, visible)
+            state, known = self.head(embedding[[token]].to(state.dtype), state, at, known, visible)
+            state = self.norm(state) if self.head.norm is None and self.norm is not None else state
             rows.append(self.logits(state[0], head))
             tokens.append(rows[-1].argmax())
             token = followed(tokens, follow)
