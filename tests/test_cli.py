@@ -25,8 +25,8 @@ from published import (
     write_safetensors,
 )
 
-from convert_drafter.converters import show
 from convert_drafter.converters.cli import cli, main
+from convert_drafter.converters.commands import show
 from convert_drafter.converters.dialects import CELLS, RUNTIMES
 from convert_drafter.converters.drafters import KINDS
 from convert_drafter.converters.recipes import F32_IN_DRAFTERS, KEPT_IN_DRAFTERS, RECIPES
@@ -370,10 +370,11 @@ def test_a_source_of_another_sort_gets_its_own_advice(
 
 def test_a_terminated_run_leaves_nothing(tmp_path: Path) -> None:
     """SIGTERM ends a run as cleanly as Ctrl-C."""
-    slow = "import time, convert_drafter.converters.cli as c; f = c.write_conversion\n"
+    slow = "import time, convert_drafter.converters.commands.making as c; f = c.write_conversion\n"
+    slow += "from convert_drafter.converters.cli import main\n"
     slow += "c.write_conversion = lambda v, a: f(v, lambda n: (print('writing', flush=True), time.sleep(0.05)))\n"
     arguments = ["convert", str(small_checkpoint(tmp_path / "d")), "--for", "lucebox", "--quant", "F32"]
-    code = f"{slow}c.main({[*arguments, '-o', str(tmp_path / 'out.gguf')]!r})"
+    code = f"{slow}main({[*arguments, '-o', str(tmp_path / 'out.gguf')]!r})"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=-1, stderr=-1)
     assert process.stdout is not None and process.stdout.readline() == b"writing\n"
     process.terminate()

@@ -25,8 +25,9 @@ from quantized_sources import (
     weights_args,
 )
 
-from convert_drafter.converters import ConvertJob, Problems, WrongInput, convert, inspect, show
+from convert_drafter.converters import ConvertJob, Problems, WrongInput, convert, inspect
 from convert_drafter.converters.checkpoint import open_checkpoint, read_rows, row_ranges
+from convert_drafter.converters.commands import show
 from convert_drafter.converters.config import ConfigReader
 from convert_drafter.converters.convert import prepare, read_published
 from convert_drafter.converters.doctor import doctor

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from convert_drafter.converters import ConvertJob, convert, show
+from convert_drafter.converters import ConvertJob, convert
 from convert_drafter.converters.cli import main
+from convert_drafter.converters.commands import show
 from convert_drafter.converters.recipes import RECIPES
 
 ROOT = Path(__file__).parent.parent

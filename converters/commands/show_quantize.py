@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from convert_drafter.converters.commands.show import error_table, errors_json, fallbacks, render, size, table, total
 from convert_drafter.converters.quantize import Quantization, QuantizeReport
 from convert_drafter.converters.recipes import Choice
-from convert_drafter.converters.show import error_table, errors_json, fallbacks, render, size, table, total
 
 
 def quantization(decided: Quantization) -> str:

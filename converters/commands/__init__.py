@@ -1,0 +1,9 @@
+"""The commands: each parses, calls the library and prints. A body is short; the library does the work."""
+
+from __future__ import annotations
+
+from convert_drafter.converters.commands.checking import doctor_command, inspect_command, verify_command
+from convert_drafter.converters.commands.listing import list_command
+from convert_drafter.converters.commands.making import convert, quantize, redialect
+
+COMMANDS = (convert, quantize, redialect, inspect_command, doctor_command, verify_command, list_command)
