@@ -40,6 +40,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
 }  # fmt: skip
 SLAB_BYTES = 16 * 2**20
+EXCERPT_OF = "excerpt_of_header_sha256"  # in the metadata of a file with some tensors of another: that one's digest
 HEADER_LIMIT = 100_000_000  # bytes; safetensors refuses longer headers too
 COUNT_LIMIT, MAX_DIMS = 2**63, 8  # what stays within numpy's reach
 
@@ -156,14 +157,17 @@ def row_ranges(tensor: TensorHeader, max_bytes: int, together: int = 1) -> Itera
 
 
 def _read_header(path: Path, problems: list[str]) -> tuple[Headers, str]:
-    """The tensors of one file and the sha256 of its header; what is wrong is added to `problems`."""
+    """The tensors of one file and the sha256 of its header, or of the header of the file it is an excerpt of; what is
+    wrong is added to `problems`."""
     tensors: Headers = {}
     faults: list[str] = []
-    raw = b""  # of an unreadable file
+    raw, digest = b"", None  # of an unreadable file
     try:
         raw, size = _header_bytes(path)
         for name, entry in json_object("header", raw).items():
-            if name != "__metadata__":
+            if name == "__metadata__":
+                digest = entry.get(EXCERPT_OF) if isinstance(entry, dict) else None
+            else:
                 try:
                     tensors[name] = _tensor(path, name, entry, 8 + len(raw))
                 except WrongInput as error:
@@ -172,7 +176,7 @@ def _read_header(path: Path, problems: list[str]) -> tuple[Headers, str]:
     except WrongInput as error:
         faults = [str(error)]
     problems += [f"{path.name}: {fault}; {MEND}" for fault in faults]
-    return tensors, hashlib.sha256(raw).hexdigest()
+    return tensors, digest if isinstance(digest, str) else hashlib.sha256(raw).hexdigest()
 
 
 def _header_bytes(path: Path) -> tuple[bytes, int]:

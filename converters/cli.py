@@ -11,6 +11,7 @@ from typing import NoReturn
 import click
 
 from convert_drafter.converters.commands import COMMANDS
+from convert_drafter.converters.commands.output import fetching
 from convert_drafter.converters.errors import DrafterError, plain
 from convert_drafter.converters.provenance import tool_version
 
@@ -35,9 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             signal.signal(number, signal.default_int_handler)
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        code = cli.main(
-            words, prog_name="convert-drafter", standalone_mode=False, obj=shlex.join(["convert-drafter", *words])
-        )
+        with fetching():
+            code = cli.main(
+                words, prog_name="convert-drafter", standalone_mode=False, obj=shlex.join(["convert-drafter", *words])
+            )
     except DrafterError as error:
         fail(str(error), error.exit_code)
     except click.ClickException as error:

@@ -25,6 +25,7 @@ from convert_drafter.converters.errors import BadFact, Problems, WrongInput, Wro
 from convert_drafter.converters.experts import stack_experts
 from convert_drafter.converters.gguf_file import KeyValue, StoredTensor, write_gguf
 from convert_drafter.converters.gguf_read import GGUFFile
+from convert_drafter.converters.hub import Part, fetch
 from convert_drafter.converters.importance import Importance, read_importance, without_entry
 from convert_drafter.converters.launch import launch_line
 from convert_drafter.converters.ops import Array
@@ -126,6 +127,8 @@ def read_published(
     source: Path, target_path: Path | None = None, settings: Mapping[str, str] | None = None
 ) -> Published:
     """Open a checkpoint and read every fact. Raises `WrongInput` naming file and key."""
+    source = fetch(source, Part.DRAFTER, needed)
+    target_path = None if target_path is None else fetch(target_path, Part.CONFIG)
     checkpoint = open_checkpoint(source, needed)
     reader = ConfigReader(checkpoint.config, str(checkpoint.config_path), settings)
     checkpoint = stack_experts(expand(checkpoint, reader))

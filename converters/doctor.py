@@ -13,10 +13,12 @@ from pathlib import Path
 from convert_drafter.converters.against_source import Agreement, agreement
 from convert_drafter.converters.dialects import own_part
 from convert_drafter.converters.drafter_file import cell_of_file
+from convert_drafter.converters.drafters import needed
 from convert_drafter.converters.encoding import cores
 from convert_drafter.converters.errors import Problems, WrongInput, WrongUsage
 from convert_drafter.converters.gguf_file import ARCHITECTURE, file_access
 from convert_drafter.converters.gguf_read import GGUFFile, read_gguf
+from convert_drafter.converters.hub import Part, fetch
 from convert_drafter.converters.loader_keys import key_faults, provenance_faults
 from convert_drafter.converters.pairing import PAIRING, check_pairing
 from convert_drafter.converters.roles import Role
@@ -49,6 +51,8 @@ def doctor(
     read.
     """
     hear: Callable[[int], None] = on_bytes or (lambda n: None)
+    target = None if target is None else fetch(target, Part.CONFIG)
+    source = None if source is None else fetch(source, Part.DRAFTER, needed)
     file = _opened(path)
     if isinstance(file, Gate):
         return _alone(file, target)

@@ -24,6 +24,7 @@ from convert_drafter.converters.drafter_file import DrafterFile, read_drafter_fi
 from convert_drafter.converters.errors import Problems, WrongInput, WrongUsage
 from convert_drafter.converters.gguf_file import ARCHITECTURE, KeyValue, StoredTensor, file_access, write_gguf
 from convert_drafter.converters.gguf_read import GGUFFile
+from convert_drafter.converters.hub import Part, fetch
 from convert_drafter.converters.launch import launch_line
 from convert_drafter.converters.plan import unplaced
 from convert_drafter.converters.recipes import ALWAYS_F32
@@ -105,6 +106,7 @@ def prepare_redialect(job: RedialectJob) -> Redialection:
     """Decide everything from headers alone. Raises with every problem; writes nothing."""
     if job.source.is_dir():
         raise WrongUsage(f"{job.source}: is a folder, expected a drafter's GGUF; `convert` reads checkpoints")
+    job = replace(job, target=None if job.target is None else fetch(job.target, Part.CONFIG))
     target = None if job.target is None else read_target(job.target)
     drafter = read_drafter_file(job.source, job.settings, target)
     file, spec = drafter.file, drafter.spec

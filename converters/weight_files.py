@@ -62,8 +62,7 @@ def _no_source(source: Path) -> str:
     """Why this is no checkpoint, and what to give."""
     wanted = f"expected a checkpoint's folder or its {WEIGHTS} file"
     if not source.exists():
-        fetch = f"; to fetch it from the hub: hf download {source} --local-dir FOLDER"
-        return f"there is nothing of this name; {wanted}{fetch if source.as_posix().count('/') == 1 else ''}"
+        return f"there is nothing of this name; {wanted}, or a repository on the hub: ORG/NAME"
     if source.suffix == ".gguf":
         return "is a GGUF already; expected the published checkpoint, a folder with config.json and safetensors"
     pickle = f" ({NO_PICKLE})" if source.suffix in PICKLES else ""

@@ -358,7 +358,13 @@ def test_names_are_taken_in_any_case(tmp_path: Path, run: Run) -> None:
 
 @pytest.mark.parametrize(
     ("source", "fragment"),
-    [("z-lab/Qwen3.6-27B-DFlash", "hf download z-lab/Qwen3.6-27B-DFlash"), ("a.gguf", "is a GGUF already")],
+    [
+        (
+            "nothing",
+            "there is nothing of this name; expected a checkpoint's folder or its .safetensors file",
+        ),
+        ("a.gguf", "is a GGUF already"),
+    ],
 )
 def test_a_source_of_another_sort_gets_its_own_advice(
     tmp_path: Path, source: str, fragment: str, convert: Run, monkeypatch: pytest.MonkeyPatch

@@ -22,6 +22,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from convert_drafter.converters.hub import WATCH
 from convert_drafter.converters.verify.measured import Watch
 
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -60,3 +61,27 @@ def phases() -> Iterator[Watch]:
             bars.update(tasks[phase], completed=done, total=total or None)
 
         yield watch
+
+
+@contextmanager
+def fetching() -> Iterator[None]:
+    """Progress of what is fetched from the hub, a bar that is there as long as bytes come."""
+    columns = (TextColumn("fetching {task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    bars: list[Progress] = []
+
+    def watch(name: str, done: int, total: int) -> None:
+        if not bars:
+            bars.append(Progress(*columns, console=errors, disable=not errors.is_terminal))
+            bars[0].start()
+            bars[0].add_task(name, total=total)
+        bars[0].update(bars[0].task_ids[0], completed=done)
+        if done == total:
+            bars.pop().stop()
+
+    token = WATCH.set(watch)
+    try:
+        yield
+    finally:
+        WATCH.reset(token)
+        for bar in bars:
+            bar.stop()
