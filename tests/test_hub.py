@@ -6,16 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-import huggingface_hub.constants
-import huggingface_hub.utils._cache_assets
-import huggingface_hub.utils._http
 import numpy as np
 import pytest
-from fake_hub import COMMIT, FakeHub, fake_hub
+from fake_hub import COMMIT, FakeHub
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mtp_checkpoints import job, small
@@ -31,29 +28,6 @@ from convert_drafter.converters.hub import WATCH, Part, Repository, fetch, repos
 from convert_drafter.converters.verdict import Outcome
 
 HEAD = Path("org/target")
-
-
-@pytest.fixture(scope="module")
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A target with a head, in shards."""
-    return small(tmp_path_factory.mktemp("repository") / "target", shards=8)
-
-
-@pytest.fixture
-def hub(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """A hub with that target and the pair's, an empty cache, and nothing of these names here."""
-    known = {"org/target": repository, "org/drafter": PAIR / "drafter", "org/pair": PAIR / "target"}
-    with fake_hub(known) as running:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", running.url)
-        template = running.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(huggingface_hub.utils._cache_assets, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
-        monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda seconds: None)
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        (tmp_path / "work").mkdir()
-        monkeypatch.chdir(tmp_path / "work")
-        yield running
 
 
 def refusal(place: Path, part: Part = Part.DRAFTER) -> str:
