@@ -204,6 +204,16 @@ def read_rope(reader: ConfigReader) -> Rope:
     return Rope(theta, int(read_head_dim(reader) * factor))
 
 
+def read_whole_rope(reader: ConfigReader) -> Rope:
+    """Theta alone: every dimension of a head is rotated, and a config that says otherwise is refused."""
+    reader.expect("partial_rotary_factor", 1, "llama.cpp rotates whole heads here")
+    reader.expect("rope_parameters.partial_rotary_factor", 1, "llama.cpp rotates whole heads here")
+    theta = read_theta(reader, [])
+    dimensions = read_head_dim(reader)
+    reader.origins["rope.dimensions"] = reader.origins["head_dim"]
+    return Rope(theta, dimensions)
+
+
 def refuse_scaling(reader: ConfigReader) -> None:
     if (scaling := read_scaling(reader, ("linear", "yarn"))) is not None:
         raise reader.error("rope_parameters", f"found {scaling.method} scaling", "none: not converted for MTP heads")
@@ -231,10 +241,14 @@ def dropped(reader: ConfigReader) -> tuple[Dropped, ...]:
 
 
 def expert_rules(mlp: str) -> tuple[TensorRule, ...]:
-    """A mixture's router and experts, which are stacked whatever the checkpoint has (`stack_experts`)."""
+    """A mixture's router and experts."""
+    return (TensorRule(f"{mlp}gate.weight", Role.FFN_ROUTER, ("experts", "hidden")), *stacked_rules(mlp))
+
+
+def stacked_rules(mlp: str) -> tuple[TensorRule, ...]:
+    """Experts, which are stacked whatever the checkpoint has (`stack_experts`)."""
     experts = f"{mlp}experts."
     return (
-        TensorRule(f"{mlp}gate.weight", Role.FFN_ROUTER, ("experts", "hidden")),
         TensorRule(f"{experts}gate_proj.weight", Role.FFN_GATE_EXPERTS, ("experts", "feed_forward", "hidden")),
         TensorRule(f"{experts}up_proj.weight", Role.FFN_UP_EXPERTS, ("experts", "feed_forward", "hidden")),
         TensorRule(f"{experts}down_proj.weight", Role.FFN_DOWN_EXPERTS, ("experts", "hidden", "feed_forward")),
@@ -246,4 +260,13 @@ def shared_expert_rules(expert: str) -> tuple[TensorRule, ...]:
         TensorRule(f"{expert}gate_proj.weight", Role.FFN_GATE_SHARED, ("shared_feed_forward", "hidden")),
         TensorRule(f"{expert}up_proj.weight", Role.FFN_UP_SHARED, ("shared_feed_forward", "hidden")),
         TensorRule(f"{expert}down_proj.weight", Role.FFN_DOWN_SHARED, ("hidden", "shared_feed_forward")),
+    )
+
+
+def joining_rules(layer: str) -> tuple[TensorRule, ...]:
+    """What puts a token's embedding beside a state."""
+    return (
+        TensorRule(f"{layer}eh_proj.weight", Role.NEXTN_PROJ, ("hidden", "embedding and state")),
+        TensorRule(f"{layer}enorm.weight", Role.NEXTN_EMBEDDING_NORM, ("hidden",)),
+        TensorRule(f"{layer}hnorm.weight", Role.NEXTN_STATE_NORM, ("hidden",)),
     )

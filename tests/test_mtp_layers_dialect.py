@@ -1,0 +1,109 @@
+"""The cells of heads that are layers behind their target's last: every fact goes into the keys and comes back."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from published import FIXTURES
+from test_dialects import keys_of, shown, tensor_names
+
+from convert_drafter.converters.dialects import CELLS, objections, read, write
+from convert_drafter.converters.errors import WrongInput
+from convert_drafter.converters.spec import DrafterSpec, Experts, Rope, Trunk, facts_of, spec_from
+
+BASE = DrafterSpec(
+    kind="mtp-hy_v3",
+    layer_count=1,
+    hidden_size=64,
+    feed_forward_size=48,
+    head_count=4,
+    kv_head_count=2,
+    head_dim=32,
+    context_length=4096,
+    vocab_size=256,
+    norm_epsilon=1e-5,
+    rope=Rope(theta=1e7, dimensions=32),
+    target_layer_count=4,
+    target_hidden_size=64,
+    causal=True,
+    experts=Experts(8, 3, 48, scoring="sigmoid", normed=True, scale=2.5),
+    trunk=Trunk(feed_forward_size=96),
+)
+SPECS = {"mtp-hy_v3": BASE}
+by_kind = pytest.mark.parametrize("kind", SPECS)
+
+
+def cell_of(kind: str) -> Any:
+    return CELLS[kind, "llama.cpp"]
+
+
+@by_kind
+def test_golden_keys(kind: str) -> None:
+    """A5-1: every key, GGUF type and value, and every tensor name, as on record."""
+    cell = cell_of(kind)
+    golden = json.loads((FIXTURES / "dialects" / f"{cell.runtime}-{kind}.json").read_text())
+    assert golden == {"keys": shown(write(cell, SPECS[kind])), "tensors": tensor_names(cell)}
+
+
+@st.composite
+def changes(draw: st.DrawFn) -> dict[str, Any]:
+    """Widths and counts that contradict nothing."""
+    sizes, heads, hidden, half = st.integers(1, 512), draw(st.integers(1, 8)), draw(st.integers(1, 512)), 2
+    count = draw(st.integers(2, 64))
+    return {
+        "hidden_size": hidden,
+        "target_hidden_size": hidden,
+        "feed_forward_size": draw(sizes),
+        "kv_head_count": heads,
+        "head_count": heads * draw(st.integers(1, 8)),
+        "norm_epsilon": 10.0 ** -draw(st.integers(3, 8)),
+        "experts.count": count,
+        "experts.used": draw(st.integers(1, count)),
+        "experts.shared_feed_forward_size": draw(sizes),
+        "experts.normed": draw(st.booleans()),
+        "trunk.feed_forward_size": half * draw(sizes),
+    }
+
+
+@by_kind
+@given(change=changes())
+def test_what_is_written_comes_back(kind: str, change: dict[str, Any]) -> None:
+    facts = facts_of(SPECS[kind])
+    spec = spec_from({**facts, **{name: value for name, value in change.items() if name in facts}})
+    assert objections(cell_of(kind), spec) == []
+    assert spec_from({"kind": kind, **read(cell_of(kind), keys_of(cell_of(kind), spec))}) == spec
+
+
+@by_kind
+def test_keys_of_llama_cpp_alone_tell_all_facts(kind: str) -> None:
+    """Its own converter notes neither the target's depth nor its width."""
+    keys = {name: e for name, e in keys_of(cell_of(kind), SPECS[kind]).items() if not name.startswith("drafter.")}
+    assert spec_from({"kind": kind, **read(cell_of(kind), keys)}) == SPECS[kind]
+
+
+@by_kind
+def test_a_depth_that_is_not_the_rows_own_is_a_contradiction(kind: str) -> None:
+    """A5-2: block_count counts the head."""
+    keys, name = keys_of(cell_of(kind), SPECS[kind]), f"{cell_of(kind).arch}.block_count"
+    with pytest.raises(WrongInput, match="target_layer_count = 5"):
+        read(cell_of(kind), {**keys, name: replace(keys[name], value=6)})
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "said"),
+    [
+        *((kind, {"layer_count": 2}, "layer_count: llama.cpp drafts with a head of one layer") for kind in SPECS),
+        *((kind, {"logit_softcap": 30.0}, "logit_softcap = 30.0: llama.cpp has no key for it") for kind in SPECS),
+        ("mtp-hy_v3", {"rope.dimensions": 16}, "rope.dimensions: llama.cpp stops where less than a whole head"),
+        ("mtp-hy_v3", {"experts.groups": 2}, "experts.groups = 2: llama.cpp has no key for it"),
+        ("mtp-hy_v3", {"logit_scale": 0.5}, "logit_scale = 0.5: llama.cpp has no key for it"),
+    ],
+)
+def test_what_the_loader_cannot_carry_is_refused(kind: str, change: dict[str, Any], said: str) -> None:
+    spec = spec_from({**facts_of(SPECS[kind]), **change})
+    assert any(line.startswith(said) for line in objections(cell_of(kind), spec))
