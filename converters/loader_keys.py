@@ -36,7 +36,7 @@ ONLY: dict[str, dict[str, Known]] = {
         # no facts of EAGLE-3's, but read all the same
         "attention.causal": (T.BOOL, (True,)), "attention.sliding_window": NONE,
         "rope.scale_linear": (T.FLOAT32, (0.0, 1.0)), "rope.scaling.alpha": (T.FLOAT32, (0.0,)),
-        "rope.scaling.finetuned": (T.BOOL, ()),
+        "rope.scaling.finetuned": (T.BOOL, ()), "rope.scaling.type": (T.STRING, ("none",)),
     }
 }  # fmt: skip
 # Widths that loaders take for another fact's, unless they are told.

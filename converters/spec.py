@@ -66,6 +66,7 @@ class DrafterSpec:
     linear_attention: LinearAttention | None = None
     experts: Experts | None = None
     trunk: Trunk | None = None
+    layer_norm_epsilon: float | None = None  # of norms that take the mean away first; norm_epsilon is the same then
 
     @property
     def first_layer(self) -> int:
@@ -126,6 +127,11 @@ class DrafterSpec:
                 linear is None or len(linear.layers) == depth,
                 f"one entry for each of the target's {depth} layers",
             ),
+            (
+                "trunk.sliding_layers",
+                self.trunk is None or len(self.trunk.sliding_layers or range(depth)) == depth,
+                f"one entry for each of the target's {depth} layers",
+            ),
             ("convolution.group_size", self.hidden_size % group == 0, f"a divisor of hidden_size {self.hidden_size}"),
         ]
 
@@ -139,7 +145,7 @@ _POSITIVE = (
     "linear_attention.kernel_size", "linear_attention.key_head_dim", "linear_attention.key_head_count",
     "linear_attention.value_head_count", "linear_attention.value_head_dim",
     "experts.count", "experts.used", "experts.shared_feed_forward_size", "experts.groups", "experts.groups_used",
-    "trunk.feed_forward_size",
+    "trunk.feed_forward_size", "trunk.window_size", "layer_norm_epsilon",
     # a zero in these keys means "none" to llama.cpp, and would mean something else here
     "attention_value_scale", "embedding_scale", "logit_scale", "logit_softcap", "experts.scale",
 )  # fmt: skip
@@ -151,6 +157,9 @@ _LINEAR = frozenset(
 )
 _EXPERTS = ("experts.count", "experts.used", "experts.shared_feed_forward_size")
 _CHOICE = ("experts.scoring", "experts.normed", "experts.scale")
+_SLIDING_TRUNK = frozenset(
+    f"trunk.{name}" for name in ("dense_layer_count", "feed_forward_size", "window_size", "sliding_layers")
+)
 OF_KIND: dict[str, frozenset[str]] = {
     "dflash": _BLOCK,
     "dflash2": _BLOCK | {"convolution.kernel_size", "convolution.group_size", "selector.rank", "selector.top_k"},
@@ -161,6 +170,7 @@ OF_KIND: dict[str, frozenset[str]] = {
     "mtp-qwen3next": _LINEAR.union(_EXPERTS),
     "mtp-glm4moe": frozenset({*_EXPERTS, *_CHOICE, "trunk.dense_layer_count", "trunk.feed_forward_size"}),
     "mtp-hy_v3": frozenset({*_EXPERTS, *_CHOICE, "trunk.feed_forward_size"}),
+    "mtp-cohere2moe": frozenset({*_EXPERTS[:2], *_CHOICE[:2], "logit_scale"} | _SLIDING_TRUNK),
 }
 HEADS = frozenset(kind for kind in OF_KIND if kind.startswith("mtp-"))  # their layers are further ones of their target
 

@@ -173,8 +173,11 @@ class Experts:
 class Trunk:
     """What only a target's own layers are built by: a head has no use for it, but its file is loaded as its target's.
 
-    The first `dense_layer_count` layers are no mixtures; `feed_forward_size` is their width.
+    The first `dense_layer_count` layers are no mixtures; `feed_forward_size` is their width. `window_size` in tokens is
+    that of the layers that slide, `sliding_layers` has one entry for each layer of the target.
     """
 
     dense_layer_count: int | None = None
     feed_forward_size: int | None = None
+    window_size: int | None = None
+    sliding_layers: tuple[bool, ...] | None = None

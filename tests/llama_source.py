@@ -22,7 +22,7 @@ NEEDED = re.compile(r"[^/]+/llama\.cpp/(convert_hf_to_gguf\.py|conversion/|gguf-
 # Started in an interpreter of its own: llama.cpp's `gguf` is another one than ours. Three steps cannot work with the
 # pair's tokenizer and are put aside: naming it by a hash of what it says (a list of known vocabularies), trying
 # SentencePiece first, which needs a package to find out that there is no tokenizer.model, and looking for the special
-# tokens of GLM's vocabulary.
+# tokens of GLM's vocabulary. Cohere2-MoE's class can take a head alone or leave it out, and does not say so.
 DRIVER = """
 import json, sys
 root, *jobs = json.load(sys.stdin)
@@ -36,6 +36,8 @@ def no_sentencepiece(self, add_to_gguf=True):
 TextModel.get_vocab_base_pre = lambda self, tokenizer: "qwen2"
 TextModel._set_vocab_sentencepiece = no_sentencepiece
 TextModel._set_vocab_glm = TextModel._set_vocab_gpt2
+from conversion.command_r import Cohere2MoeModel
+Cohere2MoeModel.supports_mtp_export = True
 for job in jobs:
     sys.argv = ["convert_hf_to_gguf.py", *job]
     print(*sys.argv, file=sys.stderr, flush=True)

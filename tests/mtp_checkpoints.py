@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import make_mtp
+import make_mtp_cohere
 import make_mtp_glm
 import make_mtp_hunyuan
 import numpy as np
@@ -129,6 +130,8 @@ SOURCES: dict[str, Callable[[Path], Path]] = {
     "next": qwen3_next,
     "glm": make_mtp_glm.random,
     "hunyuan": make_mtp_hunyuan.random,
+    "cohere": make_mtp_cohere.random,
+    "cohere-centred": make_mtp_cohere.centred,
 }
 
 

@@ -253,6 +253,19 @@ def test_an_attached_head_drafts_the_same(
     assert ask(out, folder / "attached.log", *DRAFTING, prompts=PROMPTS[:4]) == separate[:4]
 
 
+@pytest.mark.parametrize("name", RANDOM)
+def test_a_head_of_any_family_leaves_the_text_alone(
+    name: str, sources: dict[str, Path], theirs: Path, folder: Path
+) -> None:
+    """T-50, with the head attached; each prompt has a server of its own."""
+    trunk, out = theirs / f"{name}--no-mtp-F32.gguf", folder / f"{name}-attached.gguf"
+    write_conversion(prepare_attach(job(sources[name], out, attach=trunk)))
+    for i, prompt in enumerate(PROMPTS[:2]):
+        (alone, _), *_ = ask(trunk, folder / f"{name}-alone-{i}.log", prompts=[prompt])
+        (text, steps), *_ = ask(out, folder / f"{name}-attached-{i}.log", *DRAFTING, prompts=[prompt])
+        assert text == alone and steps
+
+
 def write_less_one(head: Path, out: Path) -> None:
     """A head's file with its norms as they are published."""
     file = read_gguf(head)

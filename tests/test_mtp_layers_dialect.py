@@ -34,7 +34,17 @@ BASE = DrafterSpec(
     experts=Experts(8, 3, 48, scoring="sigmoid", normed=True, scale=2.5),
     trunk=Trunk(feed_forward_size=96),
 )
-SPECS = {"mtp-hy_v3": BASE}
+SPECS = {
+    "mtp-hy_v3": BASE,
+    "mtp-cohere2moe": replace(
+        BASE,
+        kind="mtp-cohere2moe",
+        experts=Experts(8, 3, 96, scoring="softmax", normed=True),
+        trunk=Trunk(1, 96, 512, (False, True, True, True)),
+        logit_scale=0.25,
+        layer_norm_epsilon=1e-5,
+    ),
+}
 by_kind = pytest.mark.parametrize("kind", SPECS)
 
 
@@ -53,20 +63,26 @@ def test_golden_keys(kind: str) -> None:
 @st.composite
 def changes(draw: st.DrawFn) -> dict[str, Any]:
     """Widths and counts that contradict nothing."""
-    sizes, heads, hidden, half = st.integers(1, 512), draw(st.integers(1, 8)), draw(st.integers(1, 512)), 2
+    sizes, heads, hidden, width = (
+        st.integers(1, 512),
+        draw(st.integers(1, 8)),
+        draw(st.integers(1, 512)),
+        draw(st.integers(1, 512)),
+    )
     count = draw(st.integers(2, 64))
     return {
         "hidden_size": hidden,
         "target_hidden_size": hidden,
-        "feed_forward_size": draw(sizes),
+        "feed_forward_size": width,
         "kv_head_count": heads,
         "head_count": heads * draw(st.integers(1, 8)),
-        "norm_epsilon": 10.0 ** -draw(st.integers(3, 8)),
+        **dict.fromkeys(("norm_epsilon", "layer_norm_epsilon"), 10.0 ** -draw(st.integers(3, 8))),
         "experts.count": count,
         "experts.used": draw(st.integers(1, count)),
-        "experts.shared_feed_forward_size": draw(sizes),
+        "experts.shared_feed_forward_size": width * draw(st.integers(1, 4)),
         "experts.normed": draw(st.booleans()),
-        "trunk.feed_forward_size": half * draw(sizes),
+        "trunk.feed_forward_size": draw(sizes),
+        "trunk.window_size": draw(sizes),
     }
 
 
@@ -101,6 +117,12 @@ def test_a_depth_that_is_not_the_rows_own_is_a_contradiction(kind: str) -> None:
         *((kind, {"logit_softcap": 30.0}, "logit_softcap = 30.0: llama.cpp has no key for it") for kind in SPECS),
         ("mtp-hy_v3", {"rope.dimensions": 16}, "rope.dimensions: llama.cpp stops where less than a whole head"),
         ("mtp-hy_v3", {"experts.groups": 2}, "experts.groups = 2: llama.cpp has no key for it"),
+        ("mtp-cohere2moe", {"rope.dimensions": 16}, "rope.dimensions: llama.cpp stops where less than a whole head"),
+        (
+            "mtp-cohere2moe",
+            {"trunk.sliding_layers": (False,) * 4},
+            "trunk.sliding_layers: llama.cpp stops at a target of which no layer slides",
+        ),
         ("mtp-hy_v3", {"logit_scale": 0.5}, "logit_scale = 0.5: llama.cpp has no key for it"),
     ],
 )

@@ -27,7 +27,7 @@ Facts = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Codec:
-    """How a fact is spelled in a key: `encode(value, facts)` and its inverse `decode(stored, facts)`."""
+    """How a fact is spelled in a key: `encode(value, facts)`, and its inverse `decode`; None where another key decides."""
 
     name: str
     encode: Callable[[Any, Facts], Any]
@@ -242,9 +242,9 @@ def write(cell: Cell, spec: DrafterSpec) -> tuple[KeyValue, ...]:
 
 def keys_of(cell: Cell, facts: Facts) -> tuple[KeyValue, ...]:
     keys = [
-        KeyValue(row.key.format(a=cell.arch), row.type, row.codec.encode(facts[row.field], facts), row.element)
+        KeyValue(row.key.format(a=cell.arch), row.type, value, row.element)
         for row in (*cell.rows, *OWN_ROWS)
-        if row.field in facts
+        if row.field in facts and (value := row.codec.encode(facts[row.field], facts)) is not None
     ]
     for count in cell.counts:
         keys.append(KeyValue(count.key.format(a=cell.arch), U32, len(facts[count.field])))
@@ -272,7 +272,7 @@ def read_all(cell: Cell, keys: Mapping[str, KeyValue]) -> tuple[dict[str, Any], 
             faults.append(str(error))
             spoilt.add(row.field)
             continue
-        if facts.setdefault(row.field, value) != value:
+        if value is not None and facts.setdefault(row.field, value) != value:
             faults.append(f"{name}: found {value!r}, but another key says {row.field} = {facts[row.field]!r}")
     if not any(facts.get("window.layers", (True,))):  # a window that no layer uses is none
         facts = {name: value for name, value in facts.items() if not name.startswith("window.")}

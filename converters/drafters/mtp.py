@@ -148,9 +148,17 @@ def _expected(first: int, count: int) -> str:
 
 
 def read_head(
-    kind: str, reader: ConfigReader, target: Target | None, count: int, width: str, rope: Rope, **more: Any
+    kind: str,
+    reader: ConfigReader,
+    target: Target | None,
+    count: int,
+    width: str,
+    rope: Rope,
+    epsilon: str = "rms_norm_eps",
+    **more: Any,
 ) -> DrafterSpec:
-    """Every fact of a head; `width` is the key of its feed-forward's width, `more` the facts of its family alone."""
+    """Every fact of a head; `width` is the key of its feed-forward's width, `epsilon` that of its norms', `more` the
+    facts of its family alone."""
     depth, hidden = read_depth(reader), reader.get("hidden_size", int, "hidden_size")
     reader.origins["target_hidden_size"] = reader.origins["hidden_size"]
     reader.origins["causal"] = "an MTP head drafts one token after the other"
@@ -165,7 +173,7 @@ def read_head(
         head_dim=read_head_dim(reader),
         context_length=reader.get("context_length", int, "max_position_embeddings"),
         vocab_size=reader.get("vocab_size", int, "vocab_size"),
-        norm_epsilon=reader.get("norm_epsilon", float, "rms_norm_eps"),
+        norm_epsilon=reader.get("norm_epsilon", float, epsilon),
         rope=rope,
         target_layer_count=depth,
         target_hidden_size=hidden,
@@ -255,11 +263,12 @@ def stacked_rules(mlp: str) -> tuple[TensorRule, ...]:
     )
 
 
-def shared_expert_rules(expert: str) -> tuple[TensorRule, ...]:
+def shared_expert_rules(expert: str, optional: bool = False) -> tuple[TensorRule, ...]:
+    up, down = ("shared_feed_forward", "hidden"), ("hidden", "shared_feed_forward")
     return (
-        TensorRule(f"{expert}gate_proj.weight", Role.FFN_GATE_SHARED, ("shared_feed_forward", "hidden")),
-        TensorRule(f"{expert}up_proj.weight", Role.FFN_UP_SHARED, ("shared_feed_forward", "hidden")),
-        TensorRule(f"{expert}down_proj.weight", Role.FFN_DOWN_SHARED, ("hidden", "shared_feed_forward")),
+        TensorRule(f"{expert}gate_proj.weight", Role.FFN_GATE_SHARED, up, optional=optional),
+        TensorRule(f"{expert}up_proj.weight", Role.FFN_UP_SHARED, up, optional=optional),
+        TensorRule(f"{expert}down_proj.weight", Role.FFN_DOWN_SHARED, down, optional=optional),
     )
 
 

@@ -17,6 +17,7 @@ from convert_drafter.converters.roles import Role
 from convert_drafter.converters.spec import DrafterSpec, Experts
 from convert_drafter.converters.verify.in_torch.reference.dflash import FeedForward
 
+AVERAGED = frozenset({"mtp-cohere2moe"})  # half of what the chosen experts and the shared one give together
 BEST_OF_GROUP = 2  # a group is worth as much as its two best experts together
 
 
@@ -47,6 +48,7 @@ class Mixture(nn.Module):
     def __init__(self, spec: DrafterSpec, experts: Experts, roles: Collection[Role]) -> None:
         super().__init__()
         self.facts = experts
+        self.averaged = spec.kind in AVERAGED and experts.shared_feed_forward_size is not None
         shared = experts.shared_feed_forward_size
         self.gate = nn.Linear(spec.hidden_size, experts.count, bias=False)
         self.choice_bias = nn.Parameter(torch.zeros(experts.count)) if Role.FFN_ROUTER_BIAS in roles else None
@@ -62,7 +64,8 @@ class Mixture(nn.Module):
         for expert in chosen.unique().tolist():
             token, place = (chosen == expert).nonzero(as_tuple=True)
             out = out.index_add(0, token, self.experts(flat[token], expert) * shares[token, place, None])
-        return (out + self.shared(flat)).reshape(x.shape)
+        out = (out + self.shared(flat)).reshape(x.shape)
+        return out / 2 if self.averaged else out
 
     def route(self, flat: Tensor) -> tuple[Tensor, Tensor]:
         """Shares and numbers of each token's experts, both (tokens, used)."""

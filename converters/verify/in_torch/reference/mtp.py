@@ -64,8 +64,16 @@ SHARED_NAMES = {
     Role.OUTPUT_NORM: "norm.weight",
     Role.OUTPUT: "lm_head.weight",
 }
+# What follows from a kind alone.
 PACKED_GATES = frozenset({"mtp-qwen35", "mtp-qwen35moe", "mtp-qwen3next"})  # in the query projection
 KeysValues = tuple[Tensor, Tensor]  # keys, turned by their positions, and values, both (..., m, T, d)
+
+
+def norm_of(spec: DrafterSpec) -> nn.Module:
+    """Over a state: its mean is taken away first where the family does so."""
+    if spec.layer_norm_epsilon is not None:
+        return nn.LayerNorm(spec.hidden_size, spec.layer_norm_epsilon, bias=False)
+    return RMSNorm(spec.hidden_size, spec.norm_epsilon)
 
 
 class Attention(nn.Module):
@@ -109,11 +117,13 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
+    """Attention, then feed-forward; side by side where the feed-forward has no norm of its own."""
+
     def __init__(self, spec: DrafterSpec, roles: Collection[Role]) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(spec.hidden_size, spec.norm_epsilon)
+        self.input_layernorm = norm_of(spec)
         self.self_attn = Attention(spec, roles)
-        self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.norm_epsilon)
+        self.post_attention_layernorm = norm_of(spec) if Role.FFN_NORM in roles else None
         self.mlp = (
             Mixture(spec, spec.experts, roles) if Role.FFN_ROUTER in roles and spec.experts else FeedForward(spec)
         )
@@ -123,8 +133,11 @@ class Layer(nn.Module):
         return found
 
     def forward(self, x: Tensor, at: Tensor, every: KeysValues, visible: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), at, every, visible)
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        normed = self.input_layernorm(x)
+        x = x + self.self_attn(normed, at, every, visible)
+        out: Tensor = x + self.mlp(
+            normed if self.post_attention_layernorm is None else self.post_attention_layernorm(x)
+        )
         return out
 
 
@@ -135,10 +148,9 @@ class Head(nn.Module):
         super().__init__()
         hidden = spec.hidden_size
         self.fc = nn.Linear(2 * hidden, hidden, bias=False)
-        self.pre_fc_norm_embedding = RMSNorm(hidden, spec.norm_epsilon)
-        self.pre_fc_norm_hidden = RMSNorm(hidden, spec.norm_epsilon)
+        self.pre_fc_norm_embedding, self.pre_fc_norm_hidden = norm_of(spec), norm_of(spec)
         self.layers = nn.ModuleList([Layer(spec, roles)])
-        self.norm = RMSNorm(hidden, spec.norm_epsilon) if Role.NEXTN_OUTPUT_NORM in roles else None
+        self.norm = norm_of(spec) if Role.NEXTN_OUTPUT_NORM in roles else None
         size = (spec.vocab_size, hidden)
         self.embed_tokens = nn.Embedding(*size) if Role.NEXTN_EMBEDDING in roles else None
         self.lm_head = nn.Linear(*size[::-1], bias=False) if Role.NEXTN_OUTPUT in roles else None
@@ -204,7 +216,7 @@ class Mtp(nn.Module):
         super().__init__()
         self.spec = spec
         self.heads = nn.ModuleList([Head(spec, roles) for _ in spec.layers])
-        self.norm = RMSNorm(spec.hidden_size, spec.norm_epsilon) if Role.OUTPUT_NORM in roles else None
+        self.norm = norm_of(spec) if Role.OUTPUT_NORM in roles else None
         size = (spec.vocab_size, spec.hidden_size)
         self.embed_tokens = nn.Embedding(*size) if Role.TOKEN_EMBEDDING in roles else None
         self.lm_head = nn.Linear(*size[::-1], bias=False) if Role.OUTPUT in roles else None
@@ -236,7 +248,8 @@ class Mtp(nn.Module):
 
     def logits(self, state: Tensor, head: Tensor) -> Tensor:
         """A final state (..., H) over `head` (vocab, H) -> (..., vocab)."""
-        return over_head(state, head)
+        out = over_head(state, head)
+        return out if self.spec.logit_scale is None else out * self.spec.logit_scale
 
     # --- ReferenceDrafter ---
 
