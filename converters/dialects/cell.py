@@ -27,7 +27,7 @@ Facts = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Codec:
-    """How a fact is spelled in a key: `encode(value, facts)` and its inverse `decode`; None where another key decides."""
+    """How a fact is spelled in a key: `encode(value, facts)` and its inverse `decode`; None: another key decides."""
 
     name: str
     encode: Callable[[Any, Facts], Any]
