@@ -38,6 +38,11 @@ class Role(Enum):
     ATTN_KV_A_NORM = "blk.{i}.attn_kv_a_norm.weight"
     ATTN_K_B = "blk.{i}.attn_k_b.weight"  # out of it into each head's keys, transposed: queries go through it
     ATTN_V_B = "blk.{i}.attn_v_b.weight"
+    INDEXER_Q_B = "blk.{i}.indexer.attn_q_b.weight"  # what chooses the positions of sparse attention
+    INDEXER_K = "blk.{i}.indexer.attn_k.weight"
+    INDEXER_K_NORM = "blk.{i}.indexer.k_norm.weight"
+    INDEXER_K_NORM_BIAS = "blk.{i}.indexer.k_norm.bias"
+    INDEXER_PROJ = "blk.{i}.indexer.proj.weight"
     FFN_NORM = "blk.{i}.ffn_norm.weight"
     FFN_GATE = "blk.{i}.ffn_gate.weight"
     FFN_UP = "blk.{i}.ffn_up.weight"

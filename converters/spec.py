@@ -12,6 +12,7 @@ from convert_drafter.converters.spec_parts import (
     PAPER,
     Convolution,
     Experts,
+    Indexer,
     LatentAttention,
     LinearAttention,
     Llama3Bands,
@@ -66,6 +67,7 @@ class DrafterSpec:
     norm_before_fc: bool | None = None  # are captured states normed before they are fused
     linear_attention: LinearAttention | None = None
     latent_attention: LatentAttention | None = None
+    indexer: Indexer | None = None
     experts: Experts | None = None
     trunk: Trunk | None = None
 
@@ -133,6 +135,11 @@ class DrafterSpec:
                 linear is None or len(linear.layers) == depth,
                 f"one entry for each of the target's {depth} layers",
             ),
+            (
+                "indexer.layers",
+                self.indexer is None or len(self.indexer.layers or ()) in (0, depth),
+                f"one entry for each of the target's {depth} layers",
+            ),
             ("convolution.group_size", self.hidden_size % group == 0, f"a divisor of hidden_size {self.hidden_size}"),
         ]
 
@@ -146,6 +153,7 @@ _POSITIVE = (
     "linear_attention.kernel_size", "linear_attention.key_head_dim", "linear_attention.key_head_count",
     "linear_attention.value_head_count", "linear_attention.value_head_dim",
     "latent_attention.query_rank", "latent_attention.kv_rank", "latent_attention.value_head_dim",
+    "indexer.head_count", "indexer.head_dim", "indexer.top_k",
     "experts.count", "experts.used", "experts.shared_feed_forward_size", "experts.groups", "experts.groups_used",
     "trunk.feed_forward_size",
     # a zero in these keys means "none" to llama.cpp, and would mean something else here
@@ -160,6 +168,7 @@ _LINEAR = frozenset(
 _EXPERTS = ("experts.count", "experts.used", "experts.shared_feed_forward_size")
 _LATENT = tuple(f"latent_attention.{name}" for name in ("query_rank", "kv_rank", "value_head_dim"))
 _TRUNK = ("trunk.dense_layer_count", "trunk.feed_forward_size")
+_INDEXER = ("indexer.head_count", "indexer.head_dim", "indexer.top_k")
 _CHOICE = ("experts.scoring", "experts.normed", "experts.scale")
 OF_KIND: dict[str, frozenset[str]] = {
     "dflash": _BLOCK,
@@ -171,6 +180,7 @@ OF_KIND: dict[str, frozenset[str]] = {
     "mtp-qwen3next": _LINEAR.union(_EXPERTS),
     "mtp-glm4moe": frozenset({*_EXPERTS, *_CHOICE, *_TRUNK}),
     "mtp-deepseek2": frozenset({*_EXPERTS, *_CHOICE, *_TRUNK, *_LATENT}),
+    "mtp-glm-dsa": frozenset({*_EXPERTS, *_CHOICE, *_TRUNK, *_LATENT, *_INDEXER, "indexer.layers"}),
 }
 HEADS = frozenset(kind for kind in OF_KIND if kind.startswith("mtp-"))  # their layers are further ones of their target
 
@@ -186,6 +196,7 @@ _NESTED: dict[str, type] = {
     "selector": Selector,
     "linear_attention": LinearAttention,
     "latent_attention": LatentAttention,
+    "indexer": Indexer,
     "experts": Experts,
     "trunk": Trunk,
 }
@@ -247,6 +258,7 @@ __all__ = [
     "Convolution",
     "DrafterSpec",
     "Experts",
+    "Indexer",
     "LatentAttention",
     "LinearAttention",
     "Llama3Bands",

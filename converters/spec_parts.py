@@ -149,6 +149,20 @@ class LatentAttention:
     value_head_dim: int
 
 
+@dataclass(frozen=True)
+class Indexer:
+    """What chooses the `top_k` positions that a query of sparse attention looks at (DeepSeek-V3.2, arXiv 2512.02556).
+
+    `layers` says which of the target's layers choose for themselves, where not all do: the others take over the choice
+    of the layer before.
+    """
+
+    head_count: int
+    head_dim: int
+    top_k: int
+    layers: tuple[bool, ...] | None = None  # one per layer of the target, True = chooses
+
+
 SCORINGS = ("softmax", "sigmoid")
 
 

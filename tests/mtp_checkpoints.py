@@ -129,6 +129,7 @@ SOURCES: dict[str, Callable[[Path], Path]] = {
     "next": qwen3_next,
     "glm": make_mtp_glm.random,
     "flash": make_mtp_latent.flash,
+    "dsa": make_mtp_latent.dsa,
 }
 
 

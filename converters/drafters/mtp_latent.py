@@ -1,7 +1,8 @@
-"""MTP heads whose layer has multi-head latent attention (MLA): the one of GLM-4.7-Flash.
+"""MTP heads whose layer has multi-head latent attention (MLA): those of GLM-4.7-Flash and GLM-5.
 
-One more layer behind the target's last, like GLM-4.5's; only the attention is another one. Names and facts as
-transformers (`glm4_moe_lite`) and llama.cpp's converter have them (conversion/glm.py, conversion/deepseek.py).
+One more layer behind the target's last, like GLM-4.5's; only the attention is another one, with an indexer in GLM-5.
+Names and facts as transformers (`glm4_moe_lite`, `glm_moe_dsa`) and llama.cpp's converter have them (conversion/glm.py,
+conversion/deepseek.py).
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from convert_drafter.converters.drafters.rope import read_theta
 from convert_drafter.converters.latent import KEYS, VALUES, part_keys_values
 from convert_drafter.converters.plan import TensorRule
 from convert_drafter.converters.roles import Role
-from convert_drafter.converters.spec import DrafterSpec, LatentAttention, Rope, Trunk
+from convert_drafter.converters.spec import DrafterSpec, Indexer, LatentAttention, Rope, Trunk
 from convert_drafter.converters.target import Target
 
+INDEXER = f"{ATTENTION}indexer."
+FULL, SHARED = "full", "shared"  # what a layer does for its choice of positions, in transformers' words
 KEY_VALUE = f"{ATTENTION}kv_b_proj.weight"
 
 
@@ -34,12 +37,20 @@ def read_flash(reader: ConfigReader, headers: Headers, target: Target | None) ->
     return read_latent("mtp-deepseek2", reader, headers, target)
 
 
+def read_dsa(reader: ConfigReader, headers: Headers, target: Target | None) -> DrafterSpec:
+    """Every fact of the head of a GLM-5. Raises `WrongInput` naming the key that is missing or wrong."""
+    refuse_scaling_of(reader)
+    return read_latent("mtp-glm-dsa", reader, headers, target, read_indexer(reader))
+
+
 def refuse_scaling_of(reader: ConfigReader) -> None:
     reader.enter("text_config")
     refuse_scaling(reader)
 
 
-def read_latent(kind: str, reader: ConfigReader, headers: Headers, target: Target | None) -> DrafterSpec:
+def read_latent(
+    kind: str, reader: ConfigReader, headers: Headers, target: Target | None, indexer: Indexer | None = None
+) -> DrafterSpec:
     reader.enter("text_config")
     check_latent(reader)
     count = count_appended(reader, headers, read_depth(reader))
@@ -61,6 +72,7 @@ def read_latent(kind: str, reader: ConfigReader, headers: Headers, target: Targe
             kv_rank=reader.get("latent_attention.kv_rank", int, "kv_lora_rank"),
             value_head_dim=reader.get("latent_attention.value_head_dim", int, "v_head_dim"),
         ),
+        indexer=indexer,
         experts=experts,
         trunk=Trunk(
             dense_layer_count=read_dense_layers(reader),
@@ -80,6 +92,39 @@ def check_latent(reader: ConfigReader) -> None:
     reader.expect("scoring_func", "sigmoid", "transformers computes no other scores")
     reader.expect("topk_method", "noaux_tc", "experts are chosen by groups and with a bias")
     reader.ignore("ep_size", "pretraining_tp")
+
+
+def read_indexer(reader: ConfigReader) -> Indexer:
+    reader.expect("indexer_rope_interleave", True, "llama.cpp rotates neighbouring dimensions of this indexer")
+    reader.ignore("index_share_for_mtp_iteration")  # llama.cpp's head looks at every position
+    return Indexer(
+        head_count=reader.get("indexer.head_count", int, "index_n_heads"),
+        head_dim=reader.get("indexer.head_dim", int, "index_head_dim"),
+        top_k=reader.get("indexer.top_k", int, "index_topk"),
+        layers=read_choosing_layers(reader),
+    )
+
+
+def read_choosing_layers(reader: ConfigReader) -> tuple[bool, ...]:
+    """Which layers of the target choose positions for themselves: a list, or every so manieth from an offset on.
+
+    transformers takes an offset where none is stated, which is not that of the published GLM-5.2.
+    """
+    field, depth = "indexer.layers", read_depth(reader)
+    types = reader.find_list(field, str, "indexer_types")
+    if types is not None:
+        reader.ignore("index_topk_freq", "index_skip_topk_offset", "index_topk_pattern")  # what the list was made of
+        if wrong := sorted(set(types) - {FULL, SHARED}):
+            raise reader.error("indexer_types", f"found {', '.join(wrong)}", f"{FULL} or {SHARED}")
+        return tuple(name == FULL for name in types)
+    frequency = reader.find(field, int, "index_topk_freq")
+    if frequency in (None, 1):
+        reader.origins.setdefault(field, "no index_topk_freq: all of them")
+        return (True,) * depth
+    offset = reader.get(field, int, "index_skip_topk_offset")
+    if frequency < 1:
+        raise reader.error("index_topk_freq", f"found {frequency}", "a number above 0")
+    return tuple(max(i - offset + 1, 0) % frequency == 0 for i in range(depth))
 
 
 def read_dense_layers(reader: ConfigReader) -> int:
@@ -108,6 +153,23 @@ def latent_rules() -> tuple[TensorRule, ...]:
     )
 
 
+def indexer_rules() -> tuple[TensorRule, ...]:
+    """All of them or none: a head may leave the choice to the layer before it, and llama.cpp's looks everywhere."""
+    first = Role.INDEXER_Q_B
+    return (
+        TensorRule(f"{INDEXER}wq_b.weight", first, ("indexer_queries", "query_rank"), optional=True),
+        *(
+            TensorRule(f"{INDEXER}{name}", role, shape, optional=True, required_with=first)
+            for name, role, shape in (
+                ("wk.weight", Role.INDEXER_K, ("indexer_head_dim", "hidden")),
+                ("k_norm.weight", Role.INDEXER_K_NORM, ("indexer_head_dim",)),
+                ("k_norm.bias", Role.INDEXER_K_NORM_BIAS, ("indexer_head_dim",)),
+                ("weights_proj.weight", Role.INDEXER_PROJ, ("indexer_heads", "hidden")),
+            )
+        ),
+    )
+
+
 def parted(spec: DrafterSpec, headers: dict[str, TensorHeader]) -> Headers:
     latent = spec.latent_attention
     assert latent is not None  # no spec of these kinds is without
@@ -117,6 +179,11 @@ def parted(spec: DrafterSpec, headers: dict[str, TensorHeader]) -> Headers:
 def flash_rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
     reader.enter("text_config")
     return appended_rules(reader, latent_rules())
+
+
+def dsa_rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
+    reader.enter("text_config")
+    return appended_rules(reader, (*latent_rules(), *indexer_rules()))
 
 
 FLASH = Kind(
@@ -130,4 +197,15 @@ FLASH = Kind(
     in_target=True,
     parted=parted,
 )
-FAMILIES = (FLASH,)
+DSA = Kind(
+    name="mtp-glm-dsa",
+    summary="MTP head of a GLM-5, whose own layers have sparse attention",
+    architectures=("GlmMoeDsaForCausalLM",),
+    read_spec=read_dsa,
+    rules=dsa_rules,
+    dropped=dropped,
+    ignored=IGNORED,
+    in_target=True,
+    parted=parted,
+)
+FAMILIES = (FLASH, DSA)

@@ -11,19 +11,36 @@ of a key, v of a value; `...` are leading batch dimensions.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convert_drafter.converters.spec import DrafterSpec, LatentAttention
+from convert_drafter.converters.roles import Role
+from convert_drafter.converters.spec import DrafterSpec, Indexer, LatentAttention
 from convert_drafter.converters.verify.in_torch.reference.dflash import RMSNorm
 from convert_drafter.converters.verify.in_torch.reference.rope import rotate
+
+
+class Chooser(nn.Module):
+    """The weights of an indexer, which no draft hears: like llama.cpp's head, this one looks at every position.
+
+    Up to as many positions as the indexer chooses that is the same.
+    """
+
+    def __init__(self, spec: DrafterSpec, facts: LatentAttention, indexer: Indexer) -> None:
+        super().__init__()
+        self.wq_b = nn.Linear(facts.query_rank, indexer.head_count * indexer.head_dim, bias=False)
+        self.wk = nn.Linear(spec.hidden_size, indexer.head_dim, bias=False)
+        self.k_norm = nn.LayerNorm(indexer.head_dim)
+        self.weights_proj = nn.Linear(spec.hidden_size, indexer.head_count, bias=False)
 
 
 class Latent(nn.Module):
     """Full attention over the keys and values of all heads, which are made of the latent states once."""
 
-    def __init__(self, spec: DrafterSpec, facts: LatentAttention) -> None:
+    def __init__(self, spec: DrafterSpec, facts: LatentAttention, roles: Collection[Role]) -> None:
         super().__init__()
         self.spec, self.facts = spec, facts
         hidden, heads = spec.hidden_size, spec.head_count
@@ -37,6 +54,8 @@ class Latent(nn.Module):
         self.k_b = nn.Parameter(torch.zeros(heads, facts.kv_rank, self.plain))
         self.v_b = nn.Parameter(torch.zeros(heads, facts.value_head_dim, facts.kv_rank))
         self.o_proj = nn.Linear(heads * facts.value_head_dim, hidden, bias=False)
+        chooses = spec.indexer is not None and Role.INDEXER_Q_B in roles
+        self.indexer = Chooser(spec, facts, spec.indexer) if chooses and spec.indexer else None
 
     def turn(self, x: Tensor, at: Tensor) -> Tensor:
         """(..., S, t) in pairs of neighbours -> the same turned by its position, all first ones before all second ones.

@@ -47,6 +47,11 @@ NAMES = {
     Role.ATTN_KV_A_NORM: f"{_ATTENTION}kv_a_layernorm.weight",
     Role.ATTN_K_B: f"{_ATTENTION}k_b",
     Role.ATTN_V_B: f"{_ATTENTION}v_b",
+    Role.INDEXER_Q_B: f"{_ATTENTION}indexer.wq_b.weight",
+    Role.INDEXER_K: f"{_ATTENTION}indexer.wk.weight",
+    Role.INDEXER_K_NORM: f"{_ATTENTION}indexer.k_norm.weight",
+    Role.INDEXER_K_NORM_BIAS: f"{_ATTENTION}indexer.k_norm.bias",
+    Role.INDEXER_PROJ: f"{_ATTENTION}indexer.weights_proj.weight",
     Role.FFN_NORM: "layers.0.post_attention_layernorm.weight",
     Role.FFN_GATE: f"{_MLP}gate_proj.weight",
     Role.FFN_UP: f"{_MLP}up_proj.weight",
@@ -121,7 +126,7 @@ class Layer(nn.Module):
         super().__init__()
         self.input_layernorm = RMSNorm(spec.hidden_size, spec.norm_epsilon)
         latent = spec.latent_attention
-        self.self_attn = Attention(spec, roles) if latent is None else Latent(spec, latent)
+        self.self_attn = Attention(spec, roles) if latent is None else Latent(spec, latent, roles)
         self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.norm_epsilon)
         self.mlp = (
             Mixture(spec, spec.experts, roles) if Role.FFN_ROUTER in roles and spec.experts else FeedForward(spec)
