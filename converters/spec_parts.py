@@ -15,7 +15,8 @@ class RopeScaling:
     """How rotary frequencies are stretched beyond the trained context.
 
     `method` is "linear" or "yarn"; `factor` is a ratio of context lengths; an optional number is None where it is the
-    YaRN paper's (arXiv 2309.00071: PAPER below), said or unsaid.
+    YaRN paper's (arXiv 2309.00071: PAPER below), said or unsaid. With a `log_multiplier` scores are multiplied by the
+    square of 0.1 * log_multiplier * ln(factor) + 1 (DeepSeek-V2's mscale_all_dim).
     """
 
     method: str
@@ -25,6 +26,7 @@ class RopeScaling:
     attention_factor: float | None = None
     beta_fast: float | None = None
     beta_slow: float | None = None
+    log_multiplier: float | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -60,9 +62,9 @@ class Llama3Bands:
 PAPER = {"extrapolation_factor": 1.0, "beta_fast": 32.0, "beta_slow": 1.0}
 
 
-def yarn_attention(factor: float) -> float:
+def yarn_attention(factor: float, multiplier: float = 1.0) -> float:
     """The paper's attention factor for a scaling factor; ggml's rope kernel multiplies it in by itself."""
-    return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+    return 0.1 * multiplier * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 @dataclass(frozen=True)

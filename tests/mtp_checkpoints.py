@@ -130,6 +130,7 @@ SOURCES: dict[str, Callable[[Path], Path]] = {
     "glm": make_mtp_glm.random,
     "flash": make_mtp_latent.flash,
     "dsa": make_mtp_latent.dsa,
+    "deepseek": make_mtp_latent.v32,
 }
 
 

