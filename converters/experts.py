@@ -47,7 +47,7 @@ def stack_experts(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, tensors=dict(sorted(found.items())))
 
 
-def _described(header: TensorHeader, shape: tuple[int, ...], expand: Callable[[int, int], Array]) -> TensorHeader:
+def described(header: TensorHeader, shape: tuple[int, ...], expand: Callable[[int, int], Array]) -> TensorHeader:
     """Another shape over a header's bytes, or a part of them; where they begin in the file is `expand`'s business."""
     return replace(header, shape=shape, start=0, end=math.prod(shape) * DTYPES[header.dtype].itemsize, expand=expand)
 
@@ -60,7 +60,7 @@ def _half(header: TensorHeader, which: int) -> TensorHeader:
     def expand(start: int, stop: int) -> Array:
         return np.ascontiguousarray(read_rows(header, start, stop)[:, which * width : (which + 1) * width])
 
-    return _described(header, (count, width, columns), expand)
+    return described(header, (count, width, columns), expand)
 
 
 def _stacked(name: str, experts: Mapping[int, TensorHeader]) -> TensorHeader:
@@ -71,7 +71,7 @@ def _stacked(name: str, experts: Mapping[int, TensorHeader]) -> TensorHeader:
         return np.stack([read_rows(header, 0, header.rows) for header in headers[start:stop]])
 
     shape = (len(headers), *headers[0].shape)
-    return replace(_described(headers[0], shape, expand), name=name)
+    return replace(described(headers[0], shape, expand), name=name)
 
 
 def _incomplete(name: str, experts: Mapping[int, TensorHeader]) -> list[str]:

@@ -12,6 +12,8 @@ from convert_drafter.converters.spec_parts import (
     PAPER,
     Convolution,
     Experts,
+    Indexer,
+    LatentAttention,
     LinearAttention,
     Llama3Bands,
     Rope,
@@ -64,6 +66,8 @@ class DrafterSpec:
     norm_before_residual: bool | None = None  # is the feature normed before it goes into the residual too
     norm_before_fc: bool | None = None  # are captured states normed before they are fused
     linear_attention: LinearAttention | None = None
+    latent_attention: LatentAttention | None = None
+    indexer: Indexer | None = None
     experts: Experts | None = None
     trunk: Trunk | None = None
     layer_norm_epsilon: float | None = None  # of norms that take the mean away first; norm_epsilon is the same then
@@ -119,6 +123,11 @@ class DrafterSpec:
             ("capture_layers", len(set(layers)) == len(layers), "each target layer once"),
             ("capture_layers", all(0 <= k < depth for k in layers), f"zero-based, below the target's depth {depth}"),
             ("rope", self.rope.dimensions <= self.head_dim, f"at most head_dim {self.head_dim} rotated dimensions"),
+            (
+                "rope.dimensions",
+                self.latent_attention is None or self.rope.dimensions < self.head_dim,
+                f"below head_dim {self.head_dim}: a part of each key is not rotated",
+            ),
             ("context_theta", self.context_theta is None or self.context_theta > 0, "a theta above 0"),
             ("window", window_length == self.layer_count, f"one entry for each of {self.layer_count} layers"),
             ("draft_vocab_size", (self.draft_vocab_size or 1) <= self.vocab_size, f"at most {self.vocab_size}"),
@@ -130,6 +139,11 @@ class DrafterSpec:
             (
                 "trunk.sliding_layers",
                 self.trunk is None or len(self.trunk.sliding_layers or range(depth)) == depth,
+                f"one entry for each of the target's {depth} layers",
+            ),
+            (
+                "indexer.layers",
+                self.indexer is None or len(self.indexer.layers or ()) in (0, depth),
                 f"one entry for each of the target's {depth} layers",
             ),
             ("convolution.group_size", self.hidden_size % group == 0, f"a divisor of hidden_size {self.hidden_size}"),
@@ -144,6 +158,8 @@ _POSITIVE = (
     "markov_rank", "draft_vocab_size",
     "linear_attention.kernel_size", "linear_attention.key_head_dim", "linear_attention.key_head_count",
     "linear_attention.value_head_count", "linear_attention.value_head_dim",
+    "latent_attention.query_rank", "latent_attention.kv_rank", "latent_attention.value_head_dim",
+    "indexer.head_count", "indexer.head_dim", "indexer.top_k",
     "experts.count", "experts.used", "experts.shared_feed_forward_size", "experts.groups", "experts.groups_used",
     "trunk.feed_forward_size", "trunk.window_size", "layer_norm_epsilon",
     # a zero in these keys means "none" to llama.cpp, and would mean something else here
@@ -156,6 +172,9 @@ _LINEAR = frozenset(
     for name in ("kernel_size", "key_head_dim", "key_head_count", "value_head_count", "value_head_dim", "layers")
 )
 _EXPERTS = ("experts.count", "experts.used", "experts.shared_feed_forward_size")
+_LATENT = tuple(f"latent_attention.{name}" for name in ("query_rank", "kv_rank", "value_head_dim"))
+_TRUNK = ("trunk.dense_layer_count", "trunk.feed_forward_size")
+_INDEXER = ("indexer.head_count", "indexer.head_dim", "indexer.top_k")
 _CHOICE = ("experts.scoring", "experts.normed", "experts.scale")
 _SLIDING_TRUNK = frozenset(
     f"trunk.{name}" for name in ("dense_layer_count", "feed_forward_size", "window_size", "sliding_layers")
@@ -168,7 +187,10 @@ OF_KIND: dict[str, frozenset[str]] = {
     "mtp-qwen35": _LINEAR | {"rope.sections"},
     "mtp-qwen35moe": _LINEAR | {"rope.sections", *_EXPERTS},
     "mtp-qwen3next": _LINEAR.union(_EXPERTS),
-    "mtp-glm4moe": frozenset({*_EXPERTS, *_CHOICE, "trunk.dense_layer_count", "trunk.feed_forward_size"}),
+    "mtp-glm4moe": frozenset({*_EXPERTS, *_CHOICE, *_TRUNK}),
+    "mtp-deepseek2": frozenset({*_EXPERTS, *_CHOICE, *_TRUNK, *_LATENT}),
+    "mtp-glm-dsa": frozenset({*_EXPERTS, *_CHOICE, *_TRUNK, *_LATENT, *_INDEXER, "indexer.layers"}),
+    "mtp-deepseek32": frozenset({*_EXPERTS, *_CHOICE, *_TRUNK, *_LATENT, *_INDEXER}),
     "mtp-hy_v3": frozenset({*_EXPERTS, *_CHOICE, "trunk.feed_forward_size"}),
     "mtp-cohere2moe": frozenset({*_EXPERTS[:2], *_CHOICE[:2], "logit_scale"} | _SLIDING_TRUNK),
 }
@@ -185,6 +207,8 @@ _NESTED: dict[str, type] = {
     "convolution": Convolution,
     "selector": Selector,
     "linear_attention": LinearAttention,
+    "latent_attention": LatentAttention,
+    "indexer": Indexer,
     "experts": Experts,
     "trunk": Trunk,
 }
@@ -246,6 +270,8 @@ __all__ = [
     "Convolution",
     "DrafterSpec",
     "Experts",
+    "Indexer",
+    "LatentAttention",
     "LinearAttention",
     "Llama3Bands",
     "Rope",

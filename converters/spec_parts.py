@@ -15,7 +15,8 @@ class RopeScaling:
     """How rotary frequencies are stretched beyond the trained context.
 
     `method` is "linear" or "yarn"; `factor` is a ratio of context lengths; an optional number is None where it is the
-    YaRN paper's (arXiv 2309.00071: PAPER below), said or unsaid.
+    YaRN paper's (arXiv 2309.00071: PAPER below), said or unsaid. With a `log_multiplier` scores are multiplied by the
+    square of 0.1 * log_multiplier * ln(factor) + 1 (DeepSeek-V2's mscale_all_dim).
     """
 
     method: str
@@ -25,6 +26,7 @@ class RopeScaling:
     attention_factor: float | None = None
     beta_fast: float | None = None
     beta_slow: float | None = None
+    log_multiplier: float | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -60,9 +62,9 @@ class Llama3Bands:
 PAPER = {"extrapolation_factor": 1.0, "beta_fast": 32.0, "beta_slow": 1.0}
 
 
-def yarn_attention(factor: float) -> float:
+def yarn_attention(factor: float, multiplier: float = 1.0) -> float:
     """The paper's attention factor for a scaling factor; ggml's rope kernel multiplies it in by itself."""
-    return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+    return 0.1 * multiplier * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,33 @@ class LinearAttention:
     value_head_dim: int
     layers: tuple[bool, ...]  # one per layer of the target, True = linear
     interval: int | None = None
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """Queries, and keys with values, out of narrow states (DeepSeek-V2, arXiv 2405.04434): MLA.
+
+    `query_rank` and `kv_rank` are the widths of these states. A head's key is the drafter's `head_dim` wide; its last
+    `rope.dimensions`, in pairs of neighbours, are rotated and the same in all heads. A value is `value_head_dim` wide.
+    """
+
+    query_rank: int
+    kv_rank: int
+    value_head_dim: int
+
+
+@dataclass(frozen=True)
+class Indexer:
+    """What chooses the `top_k` positions that a query of sparse attention looks at (DeepSeek-V3.2, arXiv 2512.02556).
+
+    `layers` says which of the target's layers choose for themselves, where not all do: the others take over the choice
+    of the layer before.
+    """
+
+    head_count: int
+    head_dim: int
+    top_k: int
+    layers: tuple[bool, ...] | None = None  # one per layer of the target, True = chooses
 
 
 SCORINGS = ("softmax", "sigmoid")

@@ -19,15 +19,18 @@ from pathlib import Path
 PROJECT = Path(__file__).parent.parent
 BUILD = PROJECT / "build"
 NEEDED = re.compile(r"[^/]+/llama\.cpp/(convert_hf_to_gguf\.py|conversion/|gguf-py/)")
-# Started in an interpreter of its own: llama.cpp's `gguf` is another one than ours. Three steps cannot work with the
+# Started in an interpreter of its own: llama.cpp's `gguf` is another one than ours. Four steps cannot work with the
 # pair's tokenizer and are put aside: naming it by a hash of what it says (a list of known vocabularies), trying
-# SentencePiece first, which needs a package to find out that there is no tokenizer.model, and looking for the special
-# tokens of GLM's vocabulary. Cohere2-MoE's class can take a head alone or leave it out, and does not say so.
+# SentencePiece first, which needs a package to find out that there is no tokenizer.model, looking for the special
+# tokens of GLM's vocabulary, and asking that DeepSeek's adds a token before every text. Cohere2-MoE's class can take a
+# head alone or leave it out, and does not say so.
 DRIVER = """
 import json, sys
 root, *jobs = json.load(sys.stdin)
 sys.path[:0] = [root, root + "/gguf-py"]
 from conversion.base import TextModel
+from conversion.command_r import Cohere2MoeModel
+from conversion.deepseek import DeepseekV32Model
 import convert_hf_to_gguf as converter
 
 def no_sentencepiece(self, add_to_gguf=True):
@@ -36,8 +39,8 @@ def no_sentencepiece(self, add_to_gguf=True):
 TextModel.get_vocab_base_pre = lambda self, tokenizer: "qwen2"
 TextModel._set_vocab_sentencepiece = no_sentencepiece
 TextModel._set_vocab_glm = TextModel._set_vocab_gpt2
-from conversion.command_r import Cohere2MoeModel
 Cohere2MoeModel.supports_mtp_export = True
+DeepseekV32Model.set_vocab = TextModel._set_vocab_gpt2
 for job in jobs:
     sys.argv = ["convert_hf_to_gguf.py", *job]
     print(*sys.argv, file=sys.stderr, flush=True)

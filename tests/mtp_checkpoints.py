@@ -11,6 +11,7 @@ import make_mtp
 import make_mtp_cohere
 import make_mtp_glm
 import make_mtp_hunyuan
+import make_mtp_latent
 import numpy as np
 from published import DELETE, changed
 from safetensors.numpy import load_file, save_file
@@ -132,6 +133,9 @@ SOURCES: dict[str, Callable[[Path], Path]] = {
     "hunyuan": make_mtp_hunyuan.random,
     "cohere": make_mtp_cohere.random,
     "cohere-centred": make_mtp_cohere.centred,
+    "flash": make_mtp_latent.flash,
+    "dsa": make_mtp_latent.dsa,
+    "deepseek": make_mtp_latent.v32,
 }
 
 

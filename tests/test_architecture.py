@@ -18,20 +18,10 @@ FLOORS = {
     1: ["errors", "roles", "spec", "spec_parts", "verdict"],
     2: [
         *("config", "weight_files", "checkpoint", "gguf_file", "gguf_read", "pre_tokenizers", "tokenizer", "target"),
-        *(
-            "importance",
-            "encoding",
-            "destination",
-            "json_text",
-            "packed",
-            "quantized",
-            "quantized_config",
-            "experts",
-            "hub",
-            "excerpt",
-        ),
+        *("importance", "encoding", "destination", "json_text", "packed", "quantized", "quantized_config", "experts"),
+        *("hub", "excerpt", "latent"),
     ],
-    3: ["ops", "recipe_rules", "recipes", "type_choice", "plan", "provenance", "token_ids"],
+    3: ["dimensions", "ops", "recipe_rules", "recipes", "type_choice", "plan", "provenance", "token_ids"],
     4: ["drafters", "dialects"],
     5: [
         *("convert", "attach", "launch", "inspection", "drafter_file", "quantize", "redialect", "verify"),

@@ -74,19 +74,19 @@ def theirs(folder: Path, sources: dict[str, Path]) -> Path:
     return out
 
 
-def listed(name: str, mode: str, arch: str) -> dict[str, tuple[str | None, str | None]]:
+def listed(name: str, mode: str, arch: str, recipe: str) -> dict[str, tuple[str | None, str | None]]:
     """What the golden list says of a family's head `mode` (alone, attached), where `{a}` is the architecture."""
     entries: list[dict[str, Any]] = json.loads(GOLDEN.read_text())["differences"]
     for entry in entries:
         entry["names"] = [key.format(a=arch) for key in entry["names"]]
         entry["cases"] = "all" if mode in entry["cases"] else entry["cases"]
-    return listed_for(f"{name} {mode}", "F32", entries)
+    return listed_for(f"{name} {mode}", recipe, entries)
 
 
-def unlisted(name: str, mode: str, ours: Path, theirs: Path) -> list[str]:
+def unlisted(name: str, mode: str, ours: Path, theirs: Path, recipe: str = "F32") -> list[str]:
     files = [read_gguf(path) for path in (ours, theirs)]
     found = differences(*map(facts_of_file, files))
-    return list(verdict(found, listed(name, mode, str(files[0].keys["general.architecture"].value))))
+    return list(verdict(found, listed(name, mode, str(files[0].keys["general.architecture"].value), recipe)))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -97,7 +97,7 @@ def test_a_head_s_file_is_llama_cpp_s_or_the_difference_is_listed(
     """Key by key, tensor by tensor, byte by byte; each difference has its reason in the golden list."""
     out = tmp_path / "ours.gguf"
     convert(job(sources[name], out, recipe=recipe))
-    assert not unlisted(name, "alone", out, theirs / f"{name}--mtp-{recipe}.gguf")
+    assert not unlisted(name, "alone", out, theirs / f"{name}--mtp-{recipe}.gguf", recipe)
 
 
 @pytest.mark.parametrize("name", SOURCES)

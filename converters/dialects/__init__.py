@@ -11,6 +11,7 @@ from convert_drafter.converters.dialects import (
     llama_cpp_mtp,
     llama_cpp_mtp_cohere,
     llama_cpp_mtp_hunyuan,
+    llama_cpp_mtp_latent,
     lucebox,
 )
 from convert_drafter.converters.dialects.cell import Cell, doubts, objections, read, read_all, write
@@ -27,6 +28,7 @@ CELLS: dict[tuple[str, str], Cell] = {
         *llama_cpp_mtp.CELLS,
         *llama_cpp_mtp_hunyuan.CELLS,
         *llama_cpp_mtp_cohere.CELLS,
+        *llama_cpp_mtp_latent.CELLS,
     )
 }
 RUNTIMES: tuple[str, ...] = tuple(dict.fromkeys(runtime for _, runtime in CELLS))

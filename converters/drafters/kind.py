@@ -22,7 +22,7 @@ class Kind:
     """One drafter kind. `read_spec` raises `WrongInput` naming the key; `ignored` config keys mean nothing for it.
 
     `made` are tensors that no checkpoint has but its config implies: vectors by the names in the rules. `in_target`: it
-    lies in its target's own checkpoint.
+    lies in its target's own checkpoint. `parted` describes a tensor that runtimes have as several as these.
     """
 
     name: str
@@ -34,6 +34,7 @@ class Kind:
     ignored: tuple[str, ...]
     in_target: bool = False
     made: Callable[[DrafterSpec], Mapping[str, tuple[float, ...]]] = lambda spec: {}
+    parted: Callable[[DrafterSpec, dict[str, TensorHeader]], Headers] = lambda spec, headers: headers
 
     def implied(self, spec: DrafterSpec, config: Path) -> dict[str, TensorHeader]:
         """Headers of what is `made`, as if `config` held them."""

@@ -158,7 +158,13 @@ def read_head(
     **more: Any,
 ) -> DrafterSpec:
     """Every fact of a head; `width` is the key of its feed-forward's width, `epsilon` that of its norms', `more` the
-    facts of its family alone."""
+    facts of its family alone.
+
+    Latent attention says by widths of its own how wide a head is, and has one head of keys.
+    """
+    own: dict[str, Any] = {**more}
+    own["head_dim"] = more.get("head_dim") or read_head_dim(reader)
+    own["kv_head_count"] = more.get("kv_head_count") or reader.get("kv_head_count", int, "num_key_value_heads")
     depth, hidden = read_depth(reader), reader.get("hidden_size", int, "hidden_size")
     reader.origins["target_hidden_size"] = reader.origins["hidden_size"]
     reader.origins["causal"] = "an MTP head drafts one token after the other"
@@ -169,8 +175,6 @@ def read_head(
         hidden_size=hidden,
         feed_forward_size=reader.get("feed_forward_size", int, width),
         head_count=reader.get("head_count", int, "num_attention_heads"),
-        kv_head_count=reader.get("kv_head_count", int, "num_key_value_heads"),
-        head_dim=read_head_dim(reader),
         context_length=reader.get("context_length", int, "max_position_embeddings"),
         vocab_size=reader.get("vocab_size", int, "vocab_size"),
         norm_epsilon=reader.get("norm_epsilon", float, epsilon),
@@ -178,7 +182,7 @@ def read_head(
         target_layer_count=depth,
         target_hidden_size=hidden,
         causal=True,
-        **more,
+        **own,
     )
 
 

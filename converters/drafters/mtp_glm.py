@@ -89,10 +89,15 @@ def attention_rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
 
 def head_rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
     reader.enter("text_config")
+    return appended_rules(reader, attention_rules(reader))
+
+
+def appended_rules(reader: ConfigReader, attention: tuple[TensorRule, ...]) -> tuple[TensorRule, ...]:
+    """A head that is one more layer with experts, and what belongs to it; all of GLM's and DeepSeek's are."""
     return (
         *shared_rules(reader),
         TensorRule(f"{LAYER}input_layernorm.weight", Role.ATTN_NORM, ("hidden",)),
-        *attention_rules(reader),
+        *attention,
         TensorRule(f"{LAYER}post_attention_layernorm.weight", Role.FFN_NORM, ("hidden",)),
         *expert_rules(MLP),
         TensorRule(f"{MLP}gate.e_score_correction_bias", Role.FFN_ROUTER_BIAS, ("experts",)),

@@ -138,13 +138,15 @@ def llama3_factors(theta: float, dimensions: int, bands: Llama3Bands) -> tuple[f
     return tuple(map(float, factors))
 
 
-def read_scaling(reader: ConfigReader, scalings: tuple[str, ...]) -> RopeScaling | None:
+def read_scaling(reader: ConfigReader, scalings: tuple[str, ...], also: tuple[str, ...] = ()) -> RopeScaling | None:
     """The scaling of `rope_parameters` or `rope_scaling`; a type no runtime can express is refused by name.
+
+    `also` are parameters that the caller reads.
 
     Both may state one, but not different ones: transformers and llama.cpp choose differently between them.
     """
     homes = [home for home in ("rope_parameters", "rope_scaling") if reader.section(home)]
-    found = {home: _scaling_at(reader, home, scalings) for home in homes}
+    found = {home: _scaling_at(reader, home, scalings, also) for home in homes}
     stated = {found[home] for home in homes if _rope_type(reader, home) is not None}
     if len(stated) > 1:
         raise reader.error("rope scaling", BOTH, SETTLE)
@@ -155,7 +157,9 @@ def _rope_type(reader: ConfigReader, home: str) -> str | None:
     return reader.find("rope.scaling.method", str, f"{home}.rope_type", f"{home}.type")
 
 
-def _scaling_at(reader: ConfigReader, home: str, scalings: tuple[str, ...]) -> RopeScaling | None:
+def _scaling_at(
+    reader: ConfigReader, home: str, scalings: tuple[str, ...], also: tuple[str, ...]
+) -> RopeScaling | None:
     nested = [f"{home}.{name}" for name in LAYER_TYPES if reader.section(f"{home}.{name}")]
     for path in nested:
         kind = _rope_type(reader, path)
@@ -170,12 +174,12 @@ def _scaling_at(reader: ConfigReader, home: str, scalings: tuple[str, ...]) -> R
         expected = f"default, {' or '.join(scalings)}: no runtime's drafters of this kind have another scaling"
         raise reader.error(f"{home}.rope_type", f"found {kind!r}", expected)
     assert kind is not None
-    return _stretch(reader, home, kind)
+    return _stretch(reader, home, kind, also)
 
 
-def _stretch(reader: ConfigReader, home: str, kind: str) -> RopeScaling:
+def _stretch(reader: ConfigReader, home: str, kind: str, also: tuple[str, ...]) -> RopeScaling:
     reader.expect(f"{home}.truncate", True, "ggml always rounds the correction range; accept it with --set")
-    known = set(SCALING_KEYS) | NOT_SCALING | {"truncate"}
+    known = set(SCALING_KEYS) | NOT_SCALING | {"truncate", *also}
     for key in sorted(set(reader.section(home)) - known):
         if reader.section(home)[key] is not None:
             raise reader.error(f"{home}.{key}", "a scaling parameter no runtime's GGUF key carries", "none of it")

@@ -23,6 +23,7 @@ from convert_drafter.converters.roles import Role, TensorKey
 from convert_drafter.converters.spec import DrafterSpec
 from convert_drafter.converters.verify.in_torch.reference.dflash import FeedForward, RMSNorm
 from convert_drafter.converters.verify.in_torch.reference.drafter import Drafted, Tables, followed, over_head
+from convert_drafter.converters.verify.in_torch.reference.latent import Latent
 from convert_drafter.converters.verify.in_torch.reference.mixture import Mixture
 from convert_drafter.converters.verify.in_torch.reference.rope import rotate
 
@@ -39,6 +40,18 @@ NAMES = {
     Role.ATTN_V_BIAS: f"{_ATTENTION}v_proj.bias",
     Role.ATTN_Q_NORM: f"{_ATTENTION}q_norm.weight",
     Role.ATTN_K_NORM: f"{_ATTENTION}k_norm.weight",
+    Role.ATTN_Q_A: f"{_ATTENTION}q_a_proj.weight",
+    Role.ATTN_Q_A_NORM: f"{_ATTENTION}q_a_layernorm.weight",
+    Role.ATTN_Q_B: f"{_ATTENTION}q_b_proj.weight",
+    Role.ATTN_KV_A: f"{_ATTENTION}kv_a_proj.weight",
+    Role.ATTN_KV_A_NORM: f"{_ATTENTION}kv_a_layernorm.weight",
+    Role.ATTN_K_B: f"{_ATTENTION}k_b",
+    Role.ATTN_V_B: f"{_ATTENTION}v_b",
+    Role.INDEXER_Q_B: f"{_ATTENTION}indexer.wq_b.weight",
+    Role.INDEXER_K: f"{_ATTENTION}indexer.wk.weight",
+    Role.INDEXER_K_NORM: f"{_ATTENTION}indexer.k_norm.weight",
+    Role.INDEXER_K_NORM_BIAS: f"{_ATTENTION}indexer.k_norm.bias",
+    Role.INDEXER_PROJ: f"{_ATTENTION}indexer.weights_proj.weight",
     Role.FFN_NORM: "layers.0.post_attention_layernorm.weight",
     Role.FFN_GATE: f"{_MLP}gate_proj.weight",
     Role.FFN_UP: f"{_MLP}up_proj.weight",
@@ -122,7 +135,8 @@ class Layer(nn.Module):
     def __init__(self, spec: DrafterSpec, roles: Collection[Role]) -> None:
         super().__init__()
         self.input_layernorm = norm_of(spec)
-        self.self_attn = Attention(spec, roles)
+        latent = spec.latent_attention
+        self.self_attn = Attention(spec, roles) if latent is None else Latent(spec, latent, roles)
         self.post_attention_layernorm = norm_of(spec) if Role.FFN_NORM in roles else None
         self.mlp = (
             Mixture(spec, spec.experts, roles) if Role.FFN_ROUTER in roles and spec.experts else FeedForward(spec)
