@@ -13,9 +13,9 @@ import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TypeVar
 
 from convert_drafter.converters.checkpoint import TensorHeader
+from convert_drafter.converters.dimensions import DIMENSIONS
 from convert_drafter.converters.errors import Problems
 from convert_drafter.converters.ops import COPY, Op, then
 from convert_drafter.converters.recipe_rules import Facts
@@ -25,41 +25,8 @@ from convert_drafter.converters.spec import DrafterSpec
 from convert_drafter.converters.type_choice import Candidate, TypeOptions, choose_types
 from convert_drafter.quant import I64, TYPES
 
-T = TypeVar("T")
 ONLY_LAYER = "midlayer."  # SafeAILab's name of EAGLE-3's layer
 READABLE_DTYPES, ID_DTYPES = ("F32", "F16", "BF16"), ("I64", "I32")
-
-# Every width a drafter tensor can have, in words; shapes in rules are written with these, in torch order [out, in].
-DIMENSIONS: dict[str, Callable[[DrafterSpec], int]] = {
-    "one": lambda s: 1,
-    "two": lambda s: 2,
-    "hidden": lambda s: s.hidden_size,
-    "pair": lambda s: 2 * s.hidden_size,
-    "rotated_pairs": lambda s: s.rope.dimensions // 2,
-    "features": lambda s: len(s.capture_layers) * s.target_hidden_size,
-    "heads": lambda s: s.head_count,
-    "head_dim": lambda s: s.head_dim,
-    "queries": lambda s: s.head_count * s.head_dim,
-    "keys": lambda s: s.kv_head_count * s.head_dim,
-    "experts": lambda s: _part(s.experts).count,
-    "shared_feed_forward": lambda s: _part(_part(s.experts).shared_feed_forward_size),
-    "queries and gates": lambda s: 2 * s.head_count * s.head_dim,
-    "embedding and state": lambda s: 2 * s.hidden_size,
-    "feed_forward": lambda s: s.feed_forward_size,
-    "vocab": lambda s: s.vocab_size,
-    "draft_vocab": lambda s: s.draft_vocab_size or s.vocab_size,
-    "markov_rank": lambda s: _part(s.markov_rank),
-    "confidence": lambda s: s.hidden_size + _part(s.markov_rank),
-    "taps": lambda s: _part(s.convolution).kernel_size,
-    "kernels": lambda s: 2 * _part(s.convolution).kernel_size * s.hidden_size // _part(s.convolution).group_size,
-    "selector_rank": lambda s: _part(s.selector).rank,
-}
-
-
-def _part(part: T | None) -> T:
-    """A feature that the kind of the rules cannot be without."""
-    assert part is not None
-    return part
 
 
 @dataclass(frozen=True)
@@ -299,6 +266,13 @@ def unplaced(
             yield f"{source}: {runtime} has no tensor for {describe(key)}; {lost}"
 
 
+def _heads(spec: DrafterSpec) -> tuple[int, int]:
+    """Heads and their keys as llama-quantize counts them: the first layer's, which may be the target's."""
+    trunk = spec.trunk
+    heads = trunk.head_counts[0] if trunk and trunk.head_counts else spec.head_count
+    return heads, trunk.kv_head_counts[0] if trunk and trunk.kv_head_counts else spec.kv_head_count
+
+
 def _choose(
     recipe: Recipe, matches: Sequence[Match], matcher: Matcher, options: TypeOptions | None
 ) -> Sequence[Choice]:
@@ -310,8 +284,9 @@ def _choose(
         for match in weights
     ]
     spec = matcher.spec
-    experts = 0 if spec.experts is None else spec.experts.count
-    facts = Facts(spec.kind, spec.layers.stop, experts, spec.head_count, spec.kv_head_count)
+    mixture = spec.experts if spec.trunk is None else spec.experts or spec.trunk.experts
+    experts = 0 if mixture is None else mixture.count
+    facts = Facts(spec.kind, spec.layers.stop, experts, *_heads(spec))
     try:
         chosen = iter(choose_types(recipe, candidates, facts, options))
         return [Choice(I64, "token ids: I64") if match.rule.op.ids else next(chosen) for match in matches]

@@ -31,6 +31,8 @@ class Role(Enum):
     ATTN_CONV_BASE = "blk.{i}.attn_conv_base"
     ATTN_CONV_PROJ = "blk.{i}.attn_conv_proj.weight"
     ATTN_SINKS = "blk.{i}.attn_sinks.weight"
+    ATTN_QKV = "blk.{i}.attn_qkv.weight"  # queries, keys and values in one
+    ATTN_GATE = "blk.{i}.attn_gate.weight"  # a number for each head, which weighs its output
     FFN_NORM = "blk.{i}.ffn_norm.weight"
     FFN_GATE = "blk.{i}.ffn_gate.weight"
     FFN_UP = "blk.{i}.ffn_up.weight"

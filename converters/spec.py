@@ -50,6 +50,7 @@ class DrafterSpec:
     mask_token_id: int | None = None
     capture_layers: tuple[int, ...] = ()  # zero-based; hidden state AFTER target layer k; order is fc's column order
     window: SlidingWindow | None = None
+    value_head_dim: int | None = None  # where values are not as wide as keys
     context_theta: float | None = None  # base for the context's keys where it differs from rope.theta (MiMo)
     attention_value_scale: float | None = None
     embedding_scale: float | None = None
@@ -80,9 +81,14 @@ class DrafterSpec:
     @property
     def draft_length(self) -> int:
         """The most tokens drafted in one step: a block without its anchor; a chain ends where llama.cpp ends it."""
-        if self.block_size is None:
-            return CHAIN_LENGTH
+        if self.block_size is None:  # of several heads each drafts once
+            return self.layer_count if self.layer_count > 1 else CHAIN_LENGTH
         return self.block_size if self.sample_from_anchor else self.block_size - 1
+
+    @property
+    def value_width(self) -> int:
+        """How wide a head's values are."""
+        return self.value_head_dim or self.head_dim
 
     @property
     def other_width(self) -> bool | None:
@@ -127,10 +133,16 @@ class DrafterSpec:
                 f"one entry for each of the target's {depth} layers",
             ),
             ("convolution.group_size", self.hidden_size % group == 0, f"a divisor of hidden_size {self.hidden_size}"),
+            *(
+                (f"trunk.{name}", len(found) == depth, f"one entry for each of the target's {depth} layers")
+                for name in OF_EACH_LAYER
+                if (found := getattr(self.trunk, name, ()))
+            ),
         ]
 
 
 CHAIN_LENGTH = 3
+OF_EACH_LAYER = ("sliding_layers", "head_counts", "kv_head_counts", "expert_clamps", "shared_clamps")
 _POSITIVE = (
     "layer_count", "hidden_size", "feed_forward_size", "head_count", "kv_head_count", "head_dim", "context_length",
     "vocab_size", "norm_epsilon", "target_layer_count", "target_hidden_size",
@@ -139,7 +151,9 @@ _POSITIVE = (
     "linear_attention.kernel_size", "linear_attention.key_head_dim", "linear_attention.key_head_count",
     "linear_attention.value_head_count", "linear_attention.value_head_dim",
     "experts.count", "experts.used", "experts.shared_feed_forward_size", "experts.groups", "experts.groups_used",
-    "trunk.feed_forward_size",
+    "trunk.feed_forward_size", "value_head_dim",
+    "trunk.rope_theta", "trunk.expert_feed_forward_size", "trunk.experts.count", "trunk.experts.used",
+    "trunk.experts.shared_feed_forward_size", "trunk.experts.scale",
     # a zero in these keys means "none" to llama.cpp, and would mean something else here
     "attention_value_scale", "embedding_scale", "logit_scale", "logit_softcap", "experts.scale",
 )  # fmt: skip
@@ -151,6 +165,10 @@ _LINEAR = frozenset(
 )
 _EXPERTS = ("experts.count", "experts.used", "experts.shared_feed_forward_size")
 _CHOICE = ("experts.scoring", "experts.normed", "experts.scale")
+_SLIDING = frozenset({"window.size", "window.layers"}.union(
+    f"trunk.{name}"
+    for name in ("sliding_layers", "kv_head_counts", "rope_theta", "experts.count", "expert_feed_forward_size")
+))  # fmt: skip
 OF_KIND: dict[str, frozenset[str]] = {
     "dflash": _BLOCK,
     "dflash2": _BLOCK | {"convolution.kernel_size", "convolution.group_size", "selector.rank", "selector.top_k"},
@@ -160,7 +178,9 @@ OF_KIND: dict[str, frozenset[str]] = {
     "mtp-qwen35moe": _LINEAR | {"rope.sections", *_EXPERTS},
     "mtp-qwen3next": _LINEAR.union(_EXPERTS),
     "mtp-glm4moe": frozenset({*_EXPERTS, *_CHOICE, "trunk.dense_layer_count", "trunk.feed_forward_size"}),
+    "mtp-step35": _SLIDING | {"trunk.head_counts"},
 }
+BEFORE_NORM = frozenset({"mtp-step35", "mtp-mimo2"})  # heads that read and hand on states before the final norm
 HEADS = frozenset(kind for kind in OF_KIND if kind.startswith("mtp-"))  # their layers are further ones of their target
 
 
@@ -176,6 +196,8 @@ _NESTED: dict[str, type] = {
     "linear_attention": LinearAttention,
     "experts": Experts,
     "trunk": Trunk,
+    "trunk.experts": Experts,
+    "trunk.llama3": Llama3Bands,
 }
 
 
@@ -225,6 +247,7 @@ def _build(part: type, facts: Mapping[str, object], prefix: str) -> Any:
 
 
 __all__ = [
+    "BEFORE_NORM",
     "CHAIN_LENGTH",
     "COMMON",
     "HEADS",

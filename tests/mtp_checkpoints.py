@@ -9,6 +9,7 @@ from typing import Any
 
 import make_mtp
 import make_mtp_glm
+import make_mtp_step
 import numpy as np
 from published import DELETE, changed
 from safetensors.numpy import load_file, save_file
@@ -127,6 +128,7 @@ SOURCES: dict[str, Callable[[Path], Path]] = {
     "mixture": mixture,
     "next": qwen3_next,
     "glm": make_mtp_glm.random,
+    "step": make_mtp_step.random,
 }
 
 

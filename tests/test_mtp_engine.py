@@ -28,8 +28,10 @@ pytestmark = pytest.mark.engine
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from step_target import StepTarget  # noqa: E402
+
 from convert_drafter.converters.verify.in_torch.target import TorchTarget  # noqa: E402
-from convert_drafter.converters.verify.in_torch.text import FINAL  # noqa: E402
+from convert_drafter.converters.verify.in_torch.text import captures_of  # noqa: E402
 from convert_drafter.converters.verify.in_torch.weights import gguf_weights, reference  # noqa: E402
 from convert_drafter.converters.verify.job import VerifyJob  # noqa: E402
 from convert_drafter.converters.verify.verify import verify  # noqa: E402
@@ -172,6 +174,12 @@ def separate(theirs: Path, folder: Path, head: Path) -> Answers:
     return ask(theirs / "trained--no-mtp-F32.gguf", folder / "separate.log", "-md", str(head), *DRAFTING)
 
 
+def target_of(folder: Path) -> Any:
+    """The target in torch; of a Step-3.5 transformers has the decoder alone."""
+    family = json.loads((folder / "config.json").read_text())["model_type"]
+    return StepTarget(folder) if family == "step3p5" else TorchTarget(folder)
+
+
 def same_drafts(
     folder: Path, head: Path, prompts: Sequence[list[int]], answers: Answers, replays: bool = False
 ) -> tuple[int, int]:
@@ -181,11 +189,12 @@ def same_drafts(
     that were right. Its head then reads the anchor with the state of the last rejected draft, not of the token before.
     """
     torch.set_num_threads(1)
-    target, drafter = TorchTarget(folder), reference(*gguf_weights(head))
+    target, drafter = target_of(folder), reference(*gguf_weights(head))
+    (last,) = captures_of(drafter.spec)
     same = drafted = 0
     for prompt, (tokens, steps) in zip(prompts, answers, strict=True):
         text = [*prompt, *tokens]
-        states = target.write(text, 1, [FINAL])[1][FINAL]
+        states = target.write(text, 1, [last])[1][last]
         context = drafter.read(None, states, text, target.tables)
         for position, drafts, right in walk(text, len(prompt), steps, replays):
             until = drafter.until(context, position)
@@ -193,9 +202,9 @@ def same_drafts(
             same += sum(a == b for a, b in zip(ours, drafts, strict=True))
             drafted += len(drafts)
             if replays and right < len(drafts):
-                last = target.write([*text[: position + 1], *drafts], 1, [FINAL])[1][FINAL][-1:]
+                state = target.write([*text[: position + 1], *drafts], 1, [last])[1][last][-1:]
                 embedded = drafter.tables(target.tables).embedding[[text[position]]]
-                keys, values = drafter.head.keys_values(embedded, last, torch.tensor([position]))
+                keys, values = drafter.head.keys_values(embedded, state, torch.tensor([position]))
                 context.keys[..., position : position + 1, :] = keys
                 context.values[..., position : position + 1, :] = values
     return same, drafted

@@ -50,6 +50,14 @@ IGNORED = (
 )  # fmt: skip
 
 
+# Facts that most families spell alike: type and key.
+OWN: dict[str, tuple[Any, str]] = {
+    "head_count": (int, "num_attention_heads"),
+    "kv_head_count": (int, "num_key_value_heads"),
+    "norm_epsilon": (float, "rms_norm_eps"),
+}
+
+
 # --- which tensors, which family ---
 
 
@@ -152,6 +160,7 @@ def read_head(
 ) -> DrafterSpec:
     """Every fact of a head; `width` is the key of its feed-forward's width, `more` the facts of its family alone."""
     depth, hidden = read_depth(reader), reader.get("hidden_size", int, "hidden_size")
+    own = {name: reader.get(name, kind, path) for name, (kind, path) in OWN.items() if name not in more}
     reader.origins["target_hidden_size"] = reader.origins["hidden_size"]
     reader.origins["causal"] = "an MTP head drafts one token after the other"
     _check_target(reader, target, depth, hidden)
@@ -160,16 +169,14 @@ def read_head(
         layer_count=count,
         hidden_size=hidden,
         feed_forward_size=reader.get("feed_forward_size", int, width),
-        head_count=reader.get("head_count", int, "num_attention_heads"),
-        kv_head_count=reader.get("kv_head_count", int, "num_key_value_heads"),
         head_dim=read_head_dim(reader),
         context_length=reader.get("context_length", int, "max_position_embeddings"),
         vocab_size=reader.get("vocab_size", int, "vocab_size"),
-        norm_epsilon=reader.get("norm_epsilon", float, "rms_norm_eps"),
         rope=rope,
         target_layer_count=depth,
         target_hidden_size=hidden,
         causal=True,
+        **own,
         **more,
     )
 

@@ -39,6 +39,9 @@ NAMES = {
     Role.ATTN_V_BIAS: f"{_ATTENTION}v_proj.bias",
     Role.ATTN_Q_NORM: f"{_ATTENTION}q_norm.weight",
     Role.ATTN_K_NORM: f"{_ATTENTION}k_norm.weight",
+    Role.ATTN_QKV: f"{_ATTENTION}qkv_proj.weight",
+    Role.ATTN_GATE: f"{_ATTENTION}g_proj.weight",
+    Role.ATTN_SINKS: f"{_ATTENTION}sinks",
     Role.FFN_NORM: "layers.0.post_attention_layernorm.weight",
     Role.FFN_GATE: f"{_MLP}gate_proj.weight",
     Role.FFN_UP: f"{_MLP}up_proj.weight",
@@ -63,6 +66,7 @@ SHARED_NAMES = {
     Role.TOKEN_EMBEDDING: "embed_tokens.weight",
     Role.OUTPUT_NORM: "norm.weight",
     Role.OUTPUT: "lm_head.weight",
+    Role.ROPE_FACTORS: "rope_factors",
 }
 PACKED_GATES = frozenset({"mtp-qwen35", "mtp-qwen35moe", "mtp-qwen3next"})  # in the query projection
 KeysValues = tuple[Tensor, Tensor]  # keys, turned by their positions, and values, both (..., m, T, d)

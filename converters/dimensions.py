@@ -1,0 +1,43 @@
+"""Every width a drafter tensor can have, in words: rules say shapes with these, in torch order [out, in]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from convert_drafter.converters.spec import DrafterSpec
+
+T = TypeVar("T")
+
+DIMENSIONS: dict[str, Callable[[DrafterSpec], int]] = {
+    "one": lambda s: 1,
+    "two": lambda s: 2,
+    "hidden": lambda s: s.hidden_size,
+    "pair": lambda s: 2 * s.hidden_size,
+    "rotated_pairs": lambda s: s.rope.dimensions // 2,
+    "features": lambda s: len(s.capture_layers) * s.target_hidden_size,
+    "heads": lambda s: s.head_count,
+    "head_dim": lambda s: s.head_dim,
+    "queries": lambda s: s.head_count * s.head_dim,
+    "keys": lambda s: s.kv_head_count * s.head_dim,
+    "experts": lambda s: _part(s.experts).count,
+    "shared_feed_forward": lambda s: _part(_part(s.experts).shared_feed_forward_size),
+    "queries and gates": lambda s: 2 * s.head_count * s.head_dim,
+    "embedding and state": lambda s: 2 * s.hidden_size,
+    "qkv rows": lambda s: (s.head_count + s.kv_head_count) * s.head_dim + s.kv_head_count * s.value_width,
+    "head outputs": lambda s: s.head_count * s.value_width,
+    "feed_forward": lambda s: s.feed_forward_size,
+    "vocab": lambda s: s.vocab_size,
+    "draft_vocab": lambda s: s.draft_vocab_size or s.vocab_size,
+    "markov_rank": lambda s: _part(s.markov_rank),
+    "confidence": lambda s: s.hidden_size + _part(s.markov_rank),
+    "taps": lambda s: _part(s.convolution).kernel_size,
+    "kernels": lambda s: 2 * _part(s.convolution).kernel_size * s.hidden_size // _part(s.convolution).group_size,
+    "selector_rank": lambda s: _part(s.selector).rank,
+}
+
+
+def _part(part: T | None) -> T:
+    """A feature that the kind of the rules cannot be without."""
+    assert part is not None
+    return part
