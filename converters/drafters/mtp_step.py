@@ -38,6 +38,8 @@ ASSUMED: tuple[tuple[str, object, str], ...] = (
     ("attention_bias", False, "llama.cpp's Step-3.5 has no biases"),
     ("mlp_bias", False, "llama.cpp's Step-3.5 has no biases"),
     ("zero_centered", True, "norms are published as what they differ from one by"),
+    ("use_head_wise_attn_gate", True, "a gate for each head is part of the model"),
+    ("use_qk_norm", True, "norms of queries and keys are part of the model"),
     ("sink", False, "llama.cpp's Step-3.5 has no attention sinks"),
     ("att_impl_type", "GQA", "llama.cpp's Step-3.5 has no other attention"),
     ("use_rope_layers", [], "every layer is turned"),
@@ -189,13 +191,8 @@ def read_clamps(reader: ConfigReader, field: str, key: str, depth: int, count: i
 
 
 def head_rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
-    """Gates of heads and norms of queries and keys are there where the config says so; of no config nothing is known.
-
-    All norms are published as what they differ from one by.
-    """
+    """All norms are published as what they differ from one by."""
     reader.enter("text_config")
-    ungated = not reader.find("gate", bool, "use_head_wise_attn_gate")
-    unnormed = reader.find("norms", bool, "use_qk_norm") is False or not reader.raw
     head = f"{LAYER}transformer.shared_head."
     return (
         *shared_rules(reader, PLUS_ONE),
@@ -205,9 +202,9 @@ def head_rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
         TensorRule(f"{ATTENTION}k_proj.weight", Role.ATTN_K, ("keys", "hidden")),
         TensorRule(f"{ATTENTION}v_proj.weight", Role.ATTN_V, ("keys", "hidden")),
         TensorRule(f"{ATTENTION}o_proj.weight", Role.ATTN_OUTPUT, ("hidden", "queries")),
-        TensorRule(f"{ATTENTION}g_proj.weight", Role.ATTN_GATE, ("heads", "hidden"), optional=ungated),
-        TensorRule(f"{ATTENTION}q_norm.weight", Role.ATTN_Q_NORM, ("head_dim",), PLUS_ONE, optional=unnormed),
-        TensorRule(f"{ATTENTION}k_norm.weight", Role.ATTN_K_NORM, ("head_dim",), PLUS_ONE, optional=unnormed),
+        TensorRule(f"{ATTENTION}g_proj.weight", Role.ATTN_GATE, ("heads", "hidden")),
+        TensorRule(f"{ATTENTION}q_norm.weight", Role.ATTN_Q_NORM, ("head_dim",), PLUS_ONE),
+        TensorRule(f"{ATTENTION}k_norm.weight", Role.ATTN_K_NORM, ("head_dim",), PLUS_ONE),
         TensorRule(f"{LAYER}post_attention_layernorm.weight", Role.FFN_NORM, ("hidden",), PLUS_ONE),
         *feed_forward(f"{LAYER}mlp."),
         TensorRule(f"{LAYER}eh_proj.weight", Role.NEXTN_PROJ, ("hidden", "embedding and state")),
