@@ -179,6 +179,7 @@ OF_KIND: dict[str, frozenset[str]] = {
     "mtp-qwen3next": _LINEAR.union(_EXPERTS),
     "mtp-glm4moe": frozenset({*_EXPERTS, *_CHOICE, "trunk.dense_layer_count", "trunk.feed_forward_size"}),
     "mtp-step35": _SLIDING | {"trunk.head_counts"},
+    "mtp-mimo2": _SLIDING | {"value_head_dim"},
 }
 BEFORE_NORM = frozenset({"mtp-step35", "mtp-mimo2"})  # heads that read and hand on states before the final norm
 HEADS = frozenset(kind for kind in OF_KIND if kind.startswith("mtp-"))  # their layers are further ones of their target

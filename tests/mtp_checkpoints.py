@@ -9,6 +9,7 @@ from typing import Any
 
 import make_mtp
 import make_mtp_glm
+import make_mtp_mimo
 import make_mtp_step
 import numpy as np
 from published import DELETE, changed
@@ -129,6 +130,8 @@ SOURCES: dict[str, Callable[[Path], Path]] = {
     "next": qwen3_next,
     "glm": make_mtp_glm.random,
     "step": make_mtp_step.random,
+    "mimo": make_mtp_mimo.random,
+    "mimo-flash": make_mtp_mimo.flash,
 }
 
 

