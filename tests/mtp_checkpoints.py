@@ -132,6 +132,7 @@ SOURCES: dict[str, Callable[[Path], Path]] = {
     "step": make_mtp_step.random,
     "mimo": make_mtp_mimo.random,
     "mimo-flash": make_mtp_mimo.flash,
+    "mimo-ranks": make_mtp_mimo.ranked,
 }
 
 

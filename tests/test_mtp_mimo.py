@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from mtp_checkpoints import DELETE, job, planned, reconfigure, without
 from safetensors.numpy import load_file, save_file
 
 from convert_drafter.converters import WrongInput, convert, doctor, inspect
-from convert_drafter.converters.checkpoint import read_rows
+from convert_drafter.converters.checkpoint import open_checkpoint, read_rows
 from convert_drafter.converters.convert import read_published
 from convert_drafter.converters.gguf_file import KeyValue, write_gguf
 from convert_drafter.converters.gguf_read import GGUFFile, read_gguf
@@ -151,16 +152,32 @@ def test_parts_of_other_types_are_not_put_together(tmp_path: Path) -> None:
     assert f"{QKV.format('v')}: found F32 [64, 64] beside BF16 [192, 64] of {QKV.format('q')}" in said
 
 
-def test_rows_of_ranks_are_refused(tmp_path: Path) -> None:
-    """MiMo-V2.5's FP8 has the rows of the one matrix rank by rank."""
+def test_rows_of_ranks_are_put_in_order(tmp_path: Path) -> None:
+    """MiMo-V2.5's FP8: all queries before all keys before all values, each with its own block's scale."""
+    source = make_mtp_mimo.ranked(tmp_path / "t")
+    (match,) = (m for k, m in read_published(source).match().matches.items() if k == (Role.ATTN_QKV, 7))
+    headers, name = open_checkpoint(source).tensors, QKV.format("qkv")
+    codes, scale = (read_rows(headers[n], 0, headers[n].rows) for n in (name, f"{name}_scale_inv"))
+    rows = codes.astype(np.float32) * scale.repeat(128, axis=0)
+    each = len(rows) // 4  # of a rank: 4 of 16 heads, 1 of 4 keys and values, 64 rows each
+    starts, heads = (0, 256, 320), (256, 64, 64)
+    spans = [(rank * each + start, rows_) for start, rows_ in zip(starts, heads, strict=True) for rank in range(4)]
+    expected = np.concatenate([rows[start : start + count] for start, count in spans])
+    np.testing.assert_array_equal(read_rows(match.header, 0, len(rows)), expected)
+    np.testing.assert_array_equal(read_rows(match.header, 250, 1300), expected[250:1300])
+
+
+def test_ranks_that_nothing_tells_are_refused(tmp_path: Path) -> None:
+    """Neither 4 nor 8 ranks have whole blocks of 352 rows."""
     source = make_mtp_mimo.random(tmp_path / "t")
     path = source / "model.safetensors"
     tensors, name = load_file(path), QKV.format("qkv")
     tensors[name] = tensors[name].astype(ml_dtypes.float8_e4m3fn)
     save_file({**tensors, f"{name}_scale_inv": np.ones((3, 1), np.float32)}, path)
-    quantization = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
-    said = refusal(reconfigure(source, quantization_config=quantization))
-    assert f"{name}: found FP8" in said and "in the order of tensor-parallel ranks" in said
+    said = refusal(reconfigure(source, quantization_config=make_mtp_mimo.FP8["quantization_config"]))
+    assert (
+        f"{name}: found 352 rows in FP8" in said and "expected 352 rows of 8 or 4 ranks, each in whole blocks" in said
+    )
 
 
 # --- what is found in a file ---
@@ -205,8 +222,6 @@ def test_a_wrong_fact_is_found(source: Path, file: GGUFFile, tmp_path: Path, key
 def test_a_file_of_three_matrices_is_told(file: GGUFFile, tmp_path: Path) -> None:
     """What llama.cpp's own converter makes of a MiMo-V2-Flash: llama-server stops at its first draft."""
     renamed = {t.name: t.name.replace("attn_qkv", "attn_q") for t in file.tensors.values()}
-    from dataclasses import replace
-
     tensors = [replace(t, name=renamed[t.name]) for t in file.tensors.values()]
     back = {new: old for old, new in renamed.items()}
     out = tmp_path / "three.gguf"

@@ -8,8 +8,9 @@ MiMo-V2-Flash is published with three.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from math import prod
 
 import numpy as np
@@ -38,6 +39,8 @@ from convert_drafter.converters.target import Target
 LAYER = "mtp.layers.{j}."
 ATTENTION = f"{LAYER}self_attn."
 FUSED = re.compile(r"mtp\.layers\.\d{1,9}\.self_attn\.qkv_proj\.weight")
+QUERIES = re.compile(r"mtp\.layers\.\d{1,9}\.self_attn\.q_proj\.weight")
+RANKS, BLOCK = (8, 4), 128  # of the FP8 releases, in the order in which llama.cpp's converter tries them
 # What llama.cpp's graph computes; a config that says otherwise is another model. (path, expected, why)
 ASSUMED: tuple[tuple[str, object, str], ...] = (
     ("hidden_act", "silu", "the feed-forward is SwiGLU"),
@@ -56,7 +59,6 @@ def read_spec(reader: ConfigReader, headers: Headers, target: Target | None) -> 
     for path, expected, why in ASSUMED:
         reader.expect(path, expected, why)
     refuse_scaling(reader)
-    refuse_ranks(reader, headers)
     depth, count = read_depth(reader), count_own(reader, headers, has_key=False)
     head_dim, heads = read_head_dim(reader), reader.get("head_count", int, "num_attention_heads")
     values = reader.get("value_head_dim", int, "v_head_dim")
@@ -86,15 +88,6 @@ def read_spec(reader: ConfigReader, headers: Headers, target: Target | None) -> 
 
 
 KV_HEADS = (("trunk.kv_head_counts", "num_key_value_heads"), ("kv_head_count", "swa_num_key_value_heads"))
-
-
-def refuse_ranks(reader: ConfigReader, headers: Headers) -> None:
-    """The FP8 releases with one matrix have its rows, and the blocks of their scales, in the order of the ranks that
-    trained it (_tp_aware_qkv_dequant in conversion/mimo.py), and no key says how many there were."""
-    for name, header in headers.items():
-        if FUSED.fullmatch(plain_name(name)) and header.stored:
-            found = f"found {header.stored} rows in the order of tensor-parallel ranks, which no key counts"
-            raise reader.error(name, found, "a release with BF16 weights, or with q_proj, k_proj and v_proj")
 
 
 def read_pattern(reader: ConfigReader, depth: int) -> tuple[bool, ...]:
@@ -156,34 +149,76 @@ def head_rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
 # --- queries, keys and values in one ---
 
 
+@dataclass(frozen=True)
+class Part:
+    """Rows `start` to before `stop` of a tensor."""
+
+    of: TensorHeader
+    start: int
+    stop: int
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
+
 def joined(headers: Headers, spec: DrafterSpec) -> Headers:
-    """The checkpoint's tensors with queries, keys and values of each head as one."""
+    """The checkpoint's tensors with all queries, all keys and all values of each head below each other in one."""
     found = dict(headers)
-    for name in headers:
-        if not re.fullmatch(r"mtp\.layers\.\d{1,9}\.self_attn\.q_proj\.weight", plain_name(name)):
-            continue
+    for name, header in headers.items():
+        plain = plain_name(name)
+        if FUSED.fullmatch(plain) and header.stored:
+            found[name] = below(name, list(without_ranks(header, spec)))
         names = [name.replace("q_proj", f"{part}_proj") for part in "qkv"]
-        if all(part in headers for part in names):
+        if QUERIES.fullmatch(plain) and all(part in headers for part in names):
             one = name.replace("q_proj", "qkv_proj")
-            found[one] = below(one, [found.pop(part) for part in names])
+            found[one] = below(one, [Part(found.pop(part), 0, headers[part].rows) for part in names])
     return found
 
 
-def below(name: str, parts: Sequence[TensorHeader]) -> TensorHeader:
-    """Matrices below each other as one, of which nothing is read here. Raises `WrongInput` for unlike ones."""
-    first, *others = parts
-    for other in others:
+def without_ranks(header: TensorHeader, spec: DrafterSpec) -> Iterator[Part]:
+    """The FP8 releases have queries, keys and values of each rank that trained them, one rank after the other.
+
+    How many there were is told by the blocks that share a scale, as llama.cpp's converter does it
+    (_tp_aware_qkv_dequant in conversion/mimo.py). Raises `WrongInput` where they tell nothing.
+    """
+    heads, keys = spec.head_count * spec.head_dim, spec.kv_head_count * spec.head_dim
+    widths = (heads, keys, spec.kv_head_count * spec.value_width)
+    ranks = next((n for n in RANKS if blocks_of(header.rows, n) == -(-header.rows // BLOCK)), None)
+    if ranks is None or sum(widths) != header.rows or any(width % ranks for width in widths):
+        expected = f"{sum(widths)} rows of {' or '.join(map(str, RANKS))} ranks, each in whole blocks of {BLOCK}"
+        raise WrongInput(f"{header.name}: found {header.rows} rows in {header.stored}, expected {expected}")
+    before = 0
+    for width in widths:
+        for rank in range(ranks):
+            start = rank * (header.rows // ranks) + before // ranks
+            yield Part(header, start, start + width // ranks)
+        before += width
+
+
+def blocks_of(rows: int, ranks: int) -> int | None:
+    """How many blocks of rows share a scale where each rank has its own."""
+    return None if rows % ranks else ranks * -(-(rows // ranks) // BLOCK)
+
+
+def below(name: str, parts: Sequence[Part]) -> TensorHeader:
+    """Rows of matrices below each other as one, of which nothing is read here. Raises `WrongInput` for unlike ones."""
+    first = parts[0].of
+    for other in (part.of for part in parts):
         if (other.dtype, other.shape[1:]) != (first.dtype, first.shape[1:]):
             found = f"found {other.dtype} {list(other.shape)} beside {first.dtype} {list(first.shape)} of {first.name}"
             raise WrongInput(f"{other.name}: {found}, expected rows of the same width and type")
-    starts = [sum(part.rows for part in parts[:n]) for n in range(len(parts))]
-    shape = (sum(part.rows for part in parts), *first.shape[1:])
+    places = list(accumulate((part.rows for part in parts), initial=0))
 
     def expand(start: int, stop: int) -> Array:
-        spans = [(max(start - at, 0), min(stop - at, part.rows)) for at, part in zip(starts, parts, strict=True)]
-        rows = [read_rows(part, low, high) for part, (low, high) in zip(parts, spans, strict=True) if low < high]
-        return np.concatenate(rows) if rows else read_rows(first, 0, 0)
+        found = [read_rows(first, 0, 0)]
+        for at, part in zip(places, parts, strict=False):
+            low, high = max(start - at, 0), min(stop - at, part.rows)
+            if low < high:
+                found.append(read_rows(part.of, part.start + low, part.start + high))
+        return np.concatenate(found)
 
+    shape = (places[-1], *first.shape[1:])
     size = prod(shape) * DTYPES[first.dtype].itemsize
     return replace(first, name=name, shape=shape, start=0, end=size, expand=expand)
 
