@@ -16,7 +16,7 @@ from convert_drafter.converters.drafter_file import DrafterFile, read_drafter_fi
 from convert_drafter.converters.errors import WrongInput
 from convert_drafter.converters.gguf_file import file_access
 from convert_drafter.converters.json_text import json_object
-from convert_drafter.converters.recipe_rules import Facts
+from convert_drafter.converters.plan import type_facts
 from convert_drafter.converters.recipes import RECIPES
 from convert_drafter.converters.roles import role_name
 from convert_drafter.converters.type_choice import Candidate, choose_types
@@ -147,9 +147,7 @@ def pinned(file: CardFile, what: str) -> str | None:
 
 def recipe_of(drafter: DrafterFile) -> str | None:
     """The recipe that gives exactly these types, if one does; a file says only which family it is of."""
-    spec = drafter.spec
-    experts = 0 if spec.experts is None else spec.experts.count
-    facts = Facts(spec.kind, spec.layers.stop, experts, spec.head_count, spec.kv_head_count)
+    facts = type_facts(drafter.spec)
     stored = {role_name(key): tensor for key, tensor in drafter.tensors.items() if tensor.type.name in TYPES}
     candidates = [Candidate(name, tensor.shape, TYPES["F32"]) for name, tensor in stored.items()]
     said = drafter.file.keys.get("general.file_type")

@@ -83,8 +83,10 @@ class Published:
     def match(self, ignore: Sequence[str] = ()) -> Matcher:
         """Every tensor's place, with what does not fit; `ignore` are glob patterns of tensors to leave out."""
         rules, dropped = self.kind.rules(self.reader), self.kind.dropped(self.reader)
-        tensors = self.kind.parted(self.spec, self.checkpoint.tensors)
-        tensors = {**tensors, **self.kind.implied(self.spec, self.checkpoint.config_path)}
+        tensors = {
+            **self.kind.arranged(self.checkpoint.tensors, self.spec),
+            **self.kind.implied(self.spec, self.checkpoint.config_path),
+        }
         matcher = match_tensors(self.spec, rules, dropped, tensors, ignore)
         matcher.dropped += [Dropped(name, reason) for name, reason in self.checkpoint.left_out.items()]
         return matcher

@@ -33,6 +33,8 @@ DIMENSIONS: dict[str, Callable[[DrafterSpec], int]] = {
     "indexer_heads": lambda s: _part(s.indexer).head_count,
     "indexer_head_dim": lambda s: _part(s.indexer).head_dim,
     "indexer_queries": lambda s: _part(s.indexer).head_count * _part(s.indexer).head_dim,
+    "qkv rows": lambda s: (s.head_count + s.kv_head_count) * s.head_dim + s.kv_head_count * s.value_width,
+    "head outputs": lambda s: s.head_count * s.value_width,
     "feed_forward": lambda s: s.feed_forward_size,
     "vocab": lambda s: s.vocab_size,
     "draft_vocab": lambda s: s.draft_vocab_size or s.vocab_size,

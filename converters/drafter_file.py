@@ -29,7 +29,7 @@ T = GGUFValueType
 PYTHON: dict[GGUFValueType, type] = {T.UINT32: int, T.INT32: int, T.FLOAT32: float, T.BOOL: bool, T.STRING: str}
 # Every fact a file can carry, by field path, with a row that tells its type: what --set takes.
 SETTABLE: dict[str, Row] = {
-    row.field: row for cell in CELLS.values() for row in (*cell.rows, *OWN_ROWS) if row.field != "kind"
+    row.field: row for cell in reversed(CELLS.values()) for row in (*cell.rows, *OWN_ROWS) if row.field != "kind"
 }
 # A loader that takes another runtime's tensor names as well as its own (Lucebox: draft_gguf_loader.cpp).
 ALSO_NAMED = {"lucebox": "ik_llama.cpp"}
@@ -161,6 +161,7 @@ def _with_given(cell: Cell, keys: Mapping[str, KeyValue], given: Facts) -> tuple
     rows = [replace(SETTABLE[name], key=f"--set {name}", codec=SAME) for name in given]
     stated = {row.key: KeyValue(row.key, row.type, given[row.field], row.element) for row in rows}
     replaced = {row.key.format(a=cell.arch) for row in rows_of(cell) if row.field in given}
+    replaced -= {row.key.format(a=cell.arch) for row in cell.rows if row.field not in given}
     kept = {name: entry for name, entry in keys.items() if name not in replaced}
     counts = tuple(count for count in cell.counts if count.field not in given)
     rows += [row for row in cell.rows if row.field not in given]

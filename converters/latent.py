@@ -8,7 +8,7 @@ section 2.1.2; llama.cpp's conversion/deepseek.py). Nothing is read here: rows a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -21,7 +21,7 @@ BOTH = re.compile(r".*\.kv_b_proj\.weight")
 KEYS, VALUES = " (keys)", " (values)"  # behind the name of the matrix they are parts of
 
 
-def part_keys_values(headers: Headers, heads: int, key: int, value: int) -> Headers:
+def part_keys_values(headers: Mapping[str, TensorHeader], heads: int, key: int, value: int) -> Headers:
     """The same tensors with keys (heads, rank, key) and values (heads, value, rank) in place of each such matrix.
 
     Raises `Problems` naming one that has not a row for each of these widths.

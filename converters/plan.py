@@ -266,6 +266,19 @@ def unplaced(
             yield f"{source}: {runtime} has no tensor for {describe(key)}; {lost}"
 
 
+def type_facts(spec: DrafterSpec) -> Facts:
+    """What types depend on beside the tensors, as llama-quantize reads it of the file."""
+    mixture = spec.experts if spec.trunk is None else spec.experts or spec.trunk.experts
+    return Facts(spec.kind, spec.layers.stop, 0 if mixture is None else mixture.count, *_heads(spec))
+
+
+def _heads(spec: DrafterSpec) -> tuple[int, int]:
+    """Heads and their keys as llama-quantize counts them: the first layer's, which may be the target's."""
+    trunk = spec.trunk
+    heads = trunk.head_counts[0] if trunk and trunk.head_counts else spec.head_count
+    return heads, trunk.kv_head_counts[0] if trunk and trunk.kv_head_counts else spec.kv_head_count
+
+
 def _choose(
     recipe: Recipe, matches: Sequence[Match], matcher: Matcher, options: TypeOptions | None
 ) -> Sequence[Choice]:
@@ -276,11 +289,8 @@ def _choose(
         Candidate(role_name(match.key), match.header.shape, TYPES["F32"])
         for match in weights
     ]
-    spec = matcher.spec
-    experts = 0 if spec.experts is None else spec.experts.count
-    facts = Facts(spec.kind, spec.layers.stop, experts, spec.head_count, spec.kv_head_count)
     try:
-        chosen = iter(choose_types(recipe, candidates, facts, options))
+        chosen = iter(choose_types(recipe, candidates, type_facts(matcher.spec), options))
         return [Choice(I64, "token ids: I64") if match.rule.op.ids else next(chosen) for match in matches]
     except Problems as found:
         matcher.problems += found.problems

@@ -43,6 +43,8 @@ class Role(Enum):
     INDEXER_K_NORM = "blk.{i}.indexer.k_norm.weight"
     INDEXER_K_NORM_BIAS = "blk.{i}.indexer.k_norm.bias"
     INDEXER_PROJ = "blk.{i}.indexer.proj.weight"
+    ATTN_QKV = "blk.{i}.attn_qkv.weight"  # queries, keys and values in one
+    ATTN_GATE = "blk.{i}.attn_gate.weight"  # a number for each head, which weighs its output
     FFN_NORM = "blk.{i}.ffn_norm.weight"
     FFN_GATE = "blk.{i}.ffn_gate.weight"
     FFN_UP = "blk.{i}.ffn_up.weight"

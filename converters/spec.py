@@ -52,6 +52,7 @@ class DrafterSpec:
     mask_token_id: int | None = None
     capture_layers: tuple[int, ...] = ()  # zero-based; hidden state AFTER target layer k; order is fc's column order
     window: SlidingWindow | None = None
+    value_head_dim: int | None = None  # where values are not as wide as keys
     context_theta: float | None = None  # base for the context's keys where it differs from rope.theta (MiMo)
     attention_value_scale: float | None = None
     embedding_scale: float | None = None
@@ -85,9 +86,14 @@ class DrafterSpec:
     @property
     def draft_length(self) -> int:
         """The most tokens drafted in one step: a block without its anchor; a chain ends where llama.cpp ends it."""
-        if self.block_size is None:
-            return CHAIN_LENGTH
+        if self.block_size is None:  # of several heads each drafts once
+            return self.layer_count if self.layer_count > 1 else CHAIN_LENGTH
         return self.block_size if self.sample_from_anchor else self.block_size - 1
+
+    @property
+    def value_width(self) -> int:
+        """How wide a head's values are."""
+        return self.value_head_dim or self.head_dim
 
     @property
     def other_width(self) -> bool | None:
@@ -109,7 +115,7 @@ class DrafterSpec:
         """(field, holds, expected) for every rule that one config can break."""
         layers, depth, block, mask = self.capture_layers, self.target_layer_count, self.block_size, self.mask_token_id
         window_length = self.layer_count if self.window is None else len(self.window.layers)
-        linear = self.linear_attention
+        lists = {path: facts_of(self).get(path, ()) for path in _OF_TARGET_LAYERS}
         group = 1 if self.convolution is None else self.convolution.group_size
         return [
             ("kv_head_count", self.head_count % self.kv_head_count == 0, f"a divisor of head_count {self.head_count}"),
@@ -131,26 +137,22 @@ class DrafterSpec:
             ("context_theta", self.context_theta is None or self.context_theta > 0, "a theta above 0"),
             ("window", window_length == self.layer_count, f"one entry for each of {self.layer_count} layers"),
             ("draft_vocab_size", (self.draft_vocab_size or 1) <= self.vocab_size, f"at most {self.vocab_size}"),
-            (
-                "linear_attention.layers",
-                linear is None or len(linear.layers) == depth,
-                f"one entry for each of the target's {depth} layers",
-            ),
-            (
-                "trunk.sliding_layers",
-                self.trunk is None or len(self.trunk.sliding_layers or range(depth)) == depth,
-                f"one entry for each of the target's {depth} layers",
-            ),
-            (
-                "indexer.layers",
-                self.indexer is None or len(self.indexer.layers or ()) in (0, depth),
-                f"one entry for each of the target's {depth} layers",
+            *(
+                (path, len(entries) in (0, depth), f"one entry for each of the target's {depth} layers")  # type: ignore[arg-type]
+                for path, entries in lists.items()
             ),
             ("convolution.group_size", self.hidden_size % group == 0, f"a divisor of hidden_size {self.hidden_size}"),
+            *(
+                (f"trunk.{name}", len(found) == depth, f"one entry for each of the target's {depth} layers")
+                for name in OF_EACH_LAYER
+                if (found := getattr(self.trunk, name, ()))
+            ),
         ]
 
 
 CHAIN_LENGTH = 3
+_OF_TARGET_LAYERS = ("linear_attention.layers", "trunk.sliding_layers", "indexer.layers")  # lists
+OF_EACH_LAYER = ("sliding_layers", "head_counts", "kv_head_counts", "expert_clamps", "shared_clamps")
 _POSITIVE = (
     "layer_count", "hidden_size", "feed_forward_size", "head_count", "kv_head_count", "head_dim", "context_length",
     "vocab_size", "norm_epsilon", "target_layer_count", "target_hidden_size",
@@ -161,7 +163,9 @@ _POSITIVE = (
     "latent_attention.query_rank", "latent_attention.kv_rank", "latent_attention.value_head_dim",
     "indexer.head_count", "indexer.head_dim", "indexer.top_k",
     "experts.count", "experts.used", "experts.shared_feed_forward_size", "experts.groups", "experts.groups_used",
-    "trunk.feed_forward_size", "trunk.window_size", "layer_norm_epsilon",
+    "trunk.feed_forward_size", "trunk.window_size", "layer_norm_epsilon", "value_head_dim",
+    "trunk.rope_theta", "trunk.expert_feed_forward_size", "trunk.experts.count", "trunk.experts.used",
+    "trunk.experts.shared_feed_forward_size", "trunk.experts.scale",
     # a zero in these keys means "none" to llama.cpp, and would mean something else here
     "attention_value_scale", "embedding_scale", "logit_scale", "logit_softcap", "experts.scale",
 )  # fmt: skip
@@ -179,6 +183,10 @@ _CHOICE = ("experts.scoring", "experts.normed", "experts.scale")
 _SLIDING_TRUNK = frozenset(
     f"trunk.{name}" for name in ("dense_layer_count", "feed_forward_size", "window_size", "sliding_layers")
 )
+_SLIDING = frozenset({"window.size", "window.layers"}.union(
+    f"trunk.{name}"
+    for name in ("sliding_layers", "kv_head_counts", "rope_theta", "experts.count", "expert_feed_forward_size")
+))  # fmt: skip
 OF_KIND: dict[str, frozenset[str]] = {
     "dflash": _BLOCK,
     "dflash2": _BLOCK | {"convolution.kernel_size", "convolution.group_size", "selector.rank", "selector.top_k"},
@@ -193,7 +201,10 @@ OF_KIND: dict[str, frozenset[str]] = {
     "mtp-deepseek32": frozenset({*_EXPERTS, *_CHOICE, *_TRUNK, *_LATENT, *_INDEXER}),
     "mtp-hy_v3": frozenset({*_EXPERTS, *_CHOICE, "trunk.feed_forward_size"}),
     "mtp-cohere2moe": frozenset({*_EXPERTS[:2], *_CHOICE[:2], "logit_scale"} | _SLIDING_TRUNK),
+    "mtp-step35": _SLIDING | {"trunk.head_counts"},
+    "mtp-mimo2": _SLIDING | {"value_head_dim"},
 }
+BEFORE_NORM = frozenset({"mtp-step35", "mtp-mimo2"})  # heads that read and hand on states before the final norm
 HEADS = frozenset(kind for kind in OF_KIND if kind.startswith("mtp-"))  # their layers are further ones of their target
 
 
@@ -211,6 +222,8 @@ _NESTED: dict[str, type] = {
     "indexer": Indexer,
     "experts": Experts,
     "trunk": Trunk,
+    "trunk.experts": Experts,
+    "trunk.llama3": Llama3Bands,
 }
 
 
@@ -260,6 +273,7 @@ def _build(part: type, facts: Mapping[str, object], prefix: str) -> Any:
 
 
 __all__ = [
+    "BEFORE_NORM",
     "CHAIN_LENGTH",
     "COMMON",
     "HEADS",

@@ -202,11 +202,22 @@ class Experts:
 class Trunk:
     """What only a target's own layers are built by: a head has no use for it, but its file is loaded as its target's.
 
-    The first `dense_layer_count` layers are no mixtures; `feed_forward_size` is their width. `window_size` in tokens is
-    that of the layers that slide, `sliding_layers` has one entry for each layer of the target.
+    The first `dense_layer_count` layers are no mixtures; `feed_forward_size` is their width. Lists have an entry for
+    each layer: which of them slide (over `window_size` tokens, where that is not the head's own), how many heads they
+    have, and where a mixture's activations are cut off (0: nowhere), of its experts and of the one that is always used.
+    `rope_theta` and `llama3` are of full layers, where the head's slide; `experts` of a mixture that the head has none
+    of, `expert_feed_forward_size` the width of one.
     """
 
     dense_layer_count: int | None = None
     feed_forward_size: int | None = None
     window_size: int | None = None
-    sliding_layers: tuple[bool, ...] | None = None
+    sliding_layers: tuple[bool, ...] = ()
+    head_counts: tuple[int, ...] = ()
+    kv_head_counts: tuple[int, ...] = ()
+    rope_theta: float | None = None
+    llama3: Llama3Bands | None = None
+    experts: Experts | None = None
+    expert_feed_forward_size: int | None = None
+    expert_clamps: tuple[float, ...] = ()
+    shared_clamps: tuple[float, ...] = ()

@@ -23,12 +23,13 @@ NEEDED = re.compile(r"[^/]+/llama\.cpp/(convert_hf_to_gguf\.py|conversion/|gguf-
 # pair's tokenizer and are put aside: naming it by a hash of what it says (a list of known vocabularies), trying
 # SentencePiece first, which needs a package to find out that there is no tokenizer.model, looking for the special
 # tokens of GLM's vocabulary, and asking that DeepSeek's adds a token before every text. Cohere2-MoE's class can take a
-# head alone or leave it out, and does not say so.
+# head alone or leave it out, and does not say so. Configs that transformers has other names for by now are read as they
+# are published, which is what the converter was written for.
 DRIVER = """
 import json, sys
 root, *jobs = json.load(sys.stdin)
 sys.path[:0] = [root, root + "/gguf-py"]
-from conversion.base import TextModel
+from conversion.base import ModelBase, TextModel
 from conversion.command_r import Cohere2MoeModel
 from conversion.deepseek import DeepseekV32Model
 import convert_hf_to_gguf as converter
@@ -36,6 +37,13 @@ import convert_hf_to_gguf as converter
 def no_sentencepiece(self, add_to_gguf=True):
     raise FileNotFoundError("tokenizer.model")
 
+def published(folder):
+    return json.loads((folder / "config.json").read_text())
+
+def renamed(folder):
+    return published(folder)["model_type"] in ("step3p5", "mimo_v2_flash", "mimo_v2")
+
+ModelBase.register_hparams_loader(renamed)(published)
 TextModel.get_vocab_base_pre = lambda self, tokenizer: "qwen2"
 TextModel._set_vocab_sentencepiece = no_sentencepiece
 TextModel._set_vocab_glm = TextModel._set_vocab_gpt2

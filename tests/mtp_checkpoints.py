@@ -12,6 +12,8 @@ import make_mtp_cohere
 import make_mtp_glm
 import make_mtp_hunyuan
 import make_mtp_latent
+import make_mtp_mimo
+import make_mtp_step
 import numpy as np
 from published import DELETE, changed
 from safetensors.numpy import load_file, save_file
@@ -136,6 +138,10 @@ SOURCES: dict[str, Callable[[Path], Path]] = {
     "flash": make_mtp_latent.flash,
     "dsa": make_mtp_latent.dsa,
     "deepseek": make_mtp_latent.v32,
+    "step": make_mtp_step.random,
+    "mimo": make_mtp_mimo.random,
+    "mimo-flash": make_mtp_mimo.flash,
+    "mimo-ranks": make_mtp_mimo.ranked,
 }
 
 

@@ -12,6 +12,7 @@ from convert_drafter.converters.dialects import (
     llama_cpp_mtp_cohere,
     llama_cpp_mtp_hunyuan,
     llama_cpp_mtp_latent,
+    llama_cpp_mtp_swa,
     lucebox,
 )
 from convert_drafter.converters.dialects.cell import Cell, doubts, objections, read, read_all, write
@@ -29,6 +30,7 @@ CELLS: dict[tuple[str, str], Cell] = {
         *llama_cpp_mtp_hunyuan.CELLS,
         *llama_cpp_mtp_cohere.CELLS,
         *llama_cpp_mtp_latent.CELLS,
+        *llama_cpp_mtp_swa.CELLS,
     )
 }
 RUNTIMES: tuple[str, ...] = tuple(dict.fromkeys(runtime for _, runtime in CELLS))

@@ -62,6 +62,7 @@ class Row:
 
     `also` is another element type that the runtime reads as well as the one we write; a `required` key stops the
     loader, or is taken for something else, where it is missing, whatever else may tell the fact.
+    Of rows with one key the last writes it, the others read a part of it.
     """
 
     key: str
@@ -248,7 +249,7 @@ def keys_of(cell: Cell, facts: Facts) -> tuple[KeyValue, ...]:
     ]
     for count in cell.counts:
         keys.append(KeyValue(count.key.format(a=cell.arch), U32, len(facts[count.field])))
-    return tuple(keys)
+    return tuple({entry.key: entry for entry in keys}.values())
 
 
 def read(cell: Cell, keys: Mapping[str, KeyValue]) -> dict[str, Any]:

@@ -11,7 +11,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from convert_drafter.converters.config import ConfigReader
-from convert_drafter.converters.drafters import mtp, mtp_cohere, mtp_glm, mtp_hunyuan, mtp_latent, mtp_qwen
+from convert_drafter.converters.drafters import (
+    mtp,
+    mtp_cohere,
+    mtp_glm,
+    mtp_hunyuan,
+    mtp_latent,
+    mtp_mimo,
+    mtp_qwen,
+    mtp_step,
+)
 from convert_drafter.converters.drafters.dflash import DFLASH
 from convert_drafter.converters.drafters.dflash2 import DFLASH2
 from convert_drafter.converters.drafters.dspark import DSPARK
@@ -28,6 +37,8 @@ HEADS = (
     *mtp_latent.FAMILIES,
     *mtp_hunyuan.FAMILIES,
     *mtp_cohere.FAMILIES,
+    *mtp_step.FAMILIES,
+    *mtp_mimo.FAMILIES,
 )
 KINDS: dict[str, Kind] = {kind.name: kind for kind in (DFLASH, DFLASH2, DSPARK, EAGLE3, *HEADS)}
 
@@ -49,12 +60,12 @@ SIGNATURES = (
     Signature("DSpark inside DeepSeek-V4", r"mtp\.\d+\.(main_proj|main_norm|markov_head)\."),
     Signature("dspark", r"(dspark_)?(markov_head\.)?markov_w1|markov_head\."),
     Signature("Domino", r"domino_|prefix_gru\."),
+    Signature(MTP, r"mtp(_layers)?\.|layers\.\d+\.eh_proj\."),
     Signature("Laguna DFlash", r"aux_hidden_norms?\.|layers\.\d+\.self_attn\.(g_proj|qkv_proj)\."),
     Signature("Gemma-4 assistant", r"pre_projection\."),
     Signature("EAGLE-3 with multi-head latent attention", r"midlayer\.self_attn\.(q_a|q_b|kv_a|kv_b)_"),
     Signature("P-EAGLE", r"mask_hidden"),
     Signature("eagle3", r"midlayer\.|layers\.0\.hidden_norm\."),
-    Signature(MTP, r"mtp(_layers)?\.|layers\.\d+\.eh_proj\."),
     Signature("dflash", r"hidden_norm\.weight$"),
 )
 

@@ -22,7 +22,8 @@ class Kind:
     """One drafter kind. `read_spec` raises `WrongInput` naming the key; `ignored` config keys mean nothing for it.
 
     `made` are tensors that no checkpoint has but its config implies: vectors by the names in the rules. `in_target`: it
-    lies in its target's own checkpoint. `parted` describes a tensor that runtimes have as several as these.
+    lies in its target's own checkpoint. `arranged` describes a checkpoint's tensors as the rules name them, where some
+    of them are parts of one.
     """
 
     name: str
@@ -34,7 +35,7 @@ class Kind:
     ignored: tuple[str, ...]
     in_target: bool = False
     made: Callable[[DrafterSpec], Mapping[str, tuple[float, ...]]] = lambda spec: {}
-    parted: Callable[[DrafterSpec, dict[str, TensorHeader]], Headers] = lambda spec, headers: headers
+    arranged: Callable[[Headers, DrafterSpec], Headers] = lambda headers, spec: headers
 
     def implied(self, spec: DrafterSpec, config: Path) -> dict[str, TensorHeader]:
         """Headers of what is `made`, as if `config` held them."""

@@ -50,6 +50,15 @@ IGNORED = (
 )  # fmt: skip
 
 
+# Facts that most families spell alike: type and key.
+OWN: dict[str, tuple[Any, str]] = {
+    "head_count": (int, "num_attention_heads"),
+    "kv_head_count": (int, "num_key_value_heads"),
+    "head_dim": (int, "head_dim"),
+    "norm_epsilon": (float, "rms_norm_eps"),
+}
+
+
 # --- which tensors, which family ---
 
 
@@ -148,24 +157,12 @@ def _expected(first: int, count: int) -> str:
 
 
 def read_head(
-    kind: str,
-    reader: ConfigReader,
-    target: Target | None,
-    count: int,
-    width: str,
-    rope: Rope,
-    epsilon: str = "rms_norm_eps",
-    **more: Any,
+    kind: str, reader: ConfigReader, target: Target | None, count: int, width: str, rope: Rope, **more: Any
 ) -> DrafterSpec:
-    """Every fact of a head; `width` is the key of its feed-forward's width, `epsilon` that of its norms', `more` the
-    facts of its family alone.
-
-    Latent attention says by widths of its own how wide a head is, and has one head of keys.
-    """
-    own: dict[str, Any] = {**more}
-    own["head_dim"] = more.get("head_dim") or read_head_dim(reader)
-    own["kv_head_count"] = more.get("kv_head_count") or reader.get("kv_head_count", int, "num_key_value_heads")
+    """Every fact of a head; `width` is the key of its feed-forward's width, `more` the facts of its family alone, and
+    those that it has elsewhere than most (`OWN`)."""
     depth, hidden = read_depth(reader), reader.get("hidden_size", int, "hidden_size")
+    own = {name: reader.get(name, kind, path) for name, (kind, path) in OWN.items() if name not in more}
     reader.origins["target_hidden_size"] = reader.origins["hidden_size"]
     reader.origins["causal"] = "an MTP head drafts one token after the other"
     _check_target(reader, target, depth, hidden)
@@ -174,15 +171,14 @@ def read_head(
         layer_count=count,
         hidden_size=hidden,
         feed_forward_size=reader.get("feed_forward_size", int, width),
-        head_count=reader.get("head_count", int, "num_attention_heads"),
         context_length=reader.get("context_length", int, "max_position_embeddings"),
         vocab_size=reader.get("vocab_size", int, "vocab_size"),
-        norm_epsilon=reader.get("norm_epsilon", float, epsilon),
         rope=rope,
         target_layer_count=depth,
         target_hidden_size=hidden,
         causal=True,
         **own,
+        **more,
     )
 
 

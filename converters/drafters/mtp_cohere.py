@@ -37,7 +37,7 @@ def read_spec(reader: ConfigReader, headers: Headers, target: Target | None) -> 
     epsilon = read_epsilon(reader)
     return mtp.read_head(
         *("mtp-cohere2moe", reader, target, count, "intermediate_size", mtp.read_whole_rope(reader)),
-        epsilon=epsilon,
+        norm_epsilon=reader.get("norm_epsilon", float, epsilon),
         experts=experts,
         trunk=read_trunk(reader, depth),
         layer_norm_epsilon=reader.get("layer_norm_epsilon", float, CENTRED) if epsilon == CENTRED else None,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from convert_drafter.converters.checkpoint import TensorHeader
 from convert_drafter.converters.config import ConfigReader
 from convert_drafter.converters.drafters.kind import Headers, Kind
 from convert_drafter.converters.drafters.mtp import (
@@ -209,7 +208,7 @@ def indexer_rules() -> tuple[TensorRule, ...]:
     )
 
 
-def parted(spec: DrafterSpec, headers: dict[str, TensorHeader]) -> Headers:
+def parted(headers: Headers, spec: DrafterSpec) -> Headers:
     latent = spec.latent_attention
     assert latent is not None  # no spec of these kinds is without
     return part_keys_values(headers, spec.head_count, spec.head_dim - spec.rope.dimensions, latent.value_head_dim)
@@ -234,7 +233,7 @@ FLASH = Kind(
     dropped=dropped,
     ignored=IGNORED,
     in_target=True,
-    parted=parted,
+    arranged=parted,
 )
 DSA = Kind(
     name="mtp-glm-dsa",
@@ -245,7 +244,7 @@ DSA = Kind(
     dropped=dropped,
     ignored=IGNORED,
     in_target=True,
-    parted=parted,
+    arranged=parted,
 )
 V32 = Kind(
     name="mtp-deepseek32",
@@ -256,6 +255,6 @@ V32 = Kind(
     dropped=dropped,
     ignored=IGNORED,
     in_target=True,
-    parted=parted,
+    arranged=parted,
 )
 FAMILIES = (FLASH, DSA, V32)

@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging
 
 from convert_drafter.converters.errors import WrongInput
-from convert_drafter.converters.spec import DrafterSpec
+from convert_drafter.converters.spec import BEFORE_NORM, DrafterSpec
 
 CHUNK = 512  # tokens of a prompt processed at once
 EMBEDDING = -1  # the "layer" whose state is the embedding's output
@@ -28,8 +28,9 @@ Captured = dict[int, Tensor]  # layer -> states (positions, H) f32
 
 
 def captures_of(spec: DrafterSpec) -> tuple[int, ...]:
-    """The layers whose states a drafter reads: those it names, else the target's final state."""
-    return spec.capture_layers or (FINAL,)
+    """The layers whose states a drafter reads: those it names, else the target's last state, normed or not."""
+    last = spec.target_layer_count - 1 if spec.kind in BEFORE_NORM else FINAL
+    return spec.capture_layers or (last,)
 
 
 @contextmanager

@@ -17,11 +17,12 @@ from convert_drafter.converters.drafter_file import DrafterFile, read_drafter_fi
 from convert_drafter.converters.drafters import rules_of
 from convert_drafter.converters.errors import Problems
 from convert_drafter.converters.roles import Role, TensorKey
-from convert_drafter.converters.spec import HEADS, DrafterSpec
+from convert_drafter.converters.spec import BEFORE_NORM, HEADS, DrafterSpec
 from convert_drafter.converters.target import Target
 from convert_drafter.converters.verify.in_torch.reference.dflash import DFlash
 from convert_drafter.converters.verify.in_torch.reference.eagle3 import Eagle3
 from convert_drafter.converters.verify.in_torch.reference.mtp import Mtp
+from convert_drafter.converters.verify.in_torch.reference.mtp_chain import MtpChain
 from convert_drafter.quant import STORED, dequantize
 
 Weights = dict[TensorKey, NDArray[np.float32]]
@@ -73,7 +74,8 @@ def parameter_names(spec: DrafterSpec) -> dict[TensorKey, str]:
 REFERENCES: Mapping[str, Callable[[DrafterSpec, Collection[Role]], nn.Module]] = {
     **dict.fromkeys(("dflash", "dflash2", "dspark"), DFlash),
     "eagle3": Eagle3,
-    **dict.fromkeys(HEADS, Mtp),
+    **dict.fromkeys(HEADS - BEFORE_NORM, Mtp),
+    **dict.fromkeys(BEFORE_NORM, MtpChain),
 }
 
 

@@ -52,6 +52,9 @@ NAMES = {
     Role.INDEXER_K_NORM: f"{_ATTENTION}indexer.k_norm.weight",
     Role.INDEXER_K_NORM_BIAS: f"{_ATTENTION}indexer.k_norm.bias",
     Role.INDEXER_PROJ: f"{_ATTENTION}indexer.weights_proj.weight",
+    Role.ATTN_QKV: f"{_ATTENTION}qkv_proj.weight",
+    Role.ATTN_GATE: f"{_ATTENTION}g_proj.weight",
+    Role.ATTN_SINKS: f"{_ATTENTION}sinks",
     Role.FFN_NORM: "layers.0.post_attention_layernorm.weight",
     Role.FFN_GATE: f"{_MLP}gate_proj.weight",
     Role.FFN_UP: f"{_MLP}up_proj.weight",
@@ -76,6 +79,7 @@ SHARED_NAMES = {
     Role.TOKEN_EMBEDDING: "embed_tokens.weight",
     Role.OUTPUT_NORM: "norm.weight",
     Role.OUTPUT: "lm_head.weight",
+    Role.ROPE_FACTORS: "rope_factors",
 }
 # What follows from a kind alone.
 PACKED_GATES = frozenset({"mtp-qwen35", "mtp-qwen35moe", "mtp-qwen3next"})  # in the query projection
