@@ -278,7 +278,8 @@ def _choose(
     ]
     spec = matcher.spec
     experts = 0 if spec.experts is None else spec.experts.count
-    facts = Facts(spec.kind, spec.layers.stop, experts, spec.head_count, spec.kv_head_count)
+    # a head's kind has the name of its target's architecture
+    facts = Facts(spec.kind.removeprefix("mtp-"), spec.layers.stop, experts, spec.head_count, spec.kv_head_count)
     try:
         chosen = iter(choose_types(recipe, candidates, facts, options))
         return [Choice(I64, "token ids: I64") if match.rule.op.ids else next(chosen) for match in matches]

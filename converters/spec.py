@@ -11,6 +11,7 @@ from convert_drafter.converters.spec_parts import (
     MROPE_SECTIONS,
     PAPER,
     Convolution,
+    DeltaAttention,
     Experts,
     Indexer,
     LatentAttention,
@@ -68,6 +69,7 @@ class DrafterSpec:
     linear_attention: LinearAttention | None = None
     latent_attention: LatentAttention | None = None
     indexer: Indexer | None = None
+    delta_attention: DeltaAttention | None = None
     experts: Experts | None = None
     trunk: Trunk | None = None
 
@@ -136,6 +138,11 @@ class DrafterSpec:
                 f"one entry for each of the target's {depth} layers",
             ),
             (
+                "delta_attention.layers",
+                self.delta_attention is None or len(self.delta_attention.layers) == depth,
+                f"one entry for each of the target's {depth} layers",
+            ),
+            (
                 "indexer.layers",
                 self.indexer is None or len(self.indexer.layers or ()) in (0, depth),
                 f"one entry for each of the target's {depth} layers",
@@ -153,6 +160,7 @@ _POSITIVE = (
     "linear_attention.kernel_size", "linear_attention.key_head_dim", "linear_attention.key_head_count",
     "linear_attention.value_head_count", "linear_attention.value_head_dim",
     "latent_attention.query_rank", "latent_attention.kv_rank", "latent_attention.value_head_dim",
+    "delta_attention.kernel_size", "delta_attention.head_dim",
     "indexer.head_count", "indexer.head_dim", "indexer.top_k",
     "experts.count", "experts.used", "experts.shared_feed_forward_size", "experts.groups", "experts.groups_used",
     "trunk.feed_forward_size",
@@ -169,6 +177,7 @@ _EXPERTS = ("experts.count", "experts.used", "experts.shared_feed_forward_size")
 _LATENT = tuple(f"latent_attention.{name}" for name in ("query_rank", "kv_rank", "value_head_dim"))
 _TRUNK = ("trunk.dense_layer_count", "trunk.feed_forward_size")
 _INDEXER = ("indexer.head_count", "indexer.head_dim", "indexer.top_k")
+_DELTA = tuple(f"delta_attention.{name}" for name in ("kernel_size", "head_dim", "lower_bound", "layers"))
 _CHOICE = ("experts.scoring", "experts.normed", "experts.scale")
 OF_KIND: dict[str, frozenset[str]] = {
     "dflash": _BLOCK,
@@ -182,6 +191,7 @@ OF_KIND: dict[str, frozenset[str]] = {
     "mtp-deepseek2": frozenset({*_EXPERTS, *_CHOICE, *_TRUNK, *_LATENT}),
     "mtp-glm-dsa": frozenset({*_EXPERTS, *_CHOICE, *_TRUNK, *_LATENT, *_INDEXER, "indexer.layers"}),
     "mtp-deepseek32": frozenset({*_EXPERTS, *_CHOICE, *_TRUNK, *_LATENT, *_INDEXER}),
+    "mtp-bailingmoe3": frozenset({*_EXPERTS, *_CHOICE, *_TRUNK, *_LATENT[1:], *_DELTA}),
 }
 HEADS = frozenset(kind for kind in OF_KIND if kind.startswith("mtp-"))  # their layers are further ones of their target
 
@@ -198,6 +208,7 @@ _NESTED: dict[str, type] = {
     "linear_attention": LinearAttention,
     "latent_attention": LatentAttention,
     "indexer": Indexer,
+    "delta_attention": DeltaAttention,
     "experts": Experts,
     "trunk": Trunk,
 }
@@ -257,6 +268,7 @@ __all__ = [
     "OF_KIND",
     "PAPER",
     "Convolution",
+    "DeltaAttention",
     "DrafterSpec",
     "Experts",
     "Indexer",

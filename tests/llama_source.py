@@ -22,12 +22,13 @@ NEEDED = re.compile(r"[^/]+/llama\.cpp/(convert_hf_to_gguf\.py|conversion/|gguf-
 # Started in an interpreter of its own: llama.cpp's `gguf` is another one than ours. Four steps cannot work with the
 # pair's tokenizer and are put aside: naming it by a hash of what it says (a list of known vocabularies), trying
 # SentencePiece first, which needs a package to find out that there is no tokenizer.model, looking for the special
-# tokens of GLM's vocabulary, and asking that DeepSeek's adds a token before every text.
+# tokens of GLM's vocabulary, and asking that DeepSeek's adds a token before every text. Ling's config is read as it is
+# published: transformers calls some of its keys otherwise, and the converter stops at the first that it does not find.
 DRIVER = """
 import json, sys
 root, *jobs = json.load(sys.stdin)
 sys.path[:0] = [root, root + "/gguf-py"]
-from conversion.base import TextModel
+from conversion.base import ModelBase, TextModel
 from conversion.deepseek import DeepseekV32Model
 import convert_hf_to_gguf as converter
 
@@ -38,6 +39,15 @@ TextModel.get_vocab_base_pre = lambda self, tokenizer: "qwen2"
 TextModel._set_vocab_sentencepiece = no_sentencepiece
 TextModel._set_vocab_glm = TextModel._set_vocab_gpt2
 DeepseekV32Model.set_vocab = TextModel._set_vocab_gpt2
+parsed = ModelBase.load_hparams
+
+def as_published(folder, is_mistral_format):
+    with open(f"{folder}/config.json") as file:
+        raw = json.load(file)
+    known = parsed(folder, is_mistral_format)
+    return {**known, **raw} if raw.get("model_type") == "bailing_hybrid" else known
+
+ModelBase.load_hparams = staticmethod(as_published)
 for job in jobs:
     sys.argv = ["convert_hf_to_gguf.py", *job]
     print(*sys.argv, file=sys.stderr, flush=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import make_mtp
+import make_mtp_bailing
 import make_mtp_glm
 import make_mtp_latent
 import numpy as np
@@ -131,6 +132,7 @@ SOURCES: dict[str, Callable[[Path], Path]] = {
     "flash": make_mtp_latent.flash,
     "dsa": make_mtp_latent.dsa,
     "deepseek": make_mtp_latent.v32,
+    "bailing": make_mtp_bailing.random,
 }
 
 

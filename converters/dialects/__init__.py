@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
-from convert_drafter.converters.dialects import ik_llama_cpp, llama_cpp, llama_cpp_mtp, llama_cpp_mtp_latent, lucebox
+from convert_drafter.converters.dialects import (
+    ik_llama_cpp,
+    llama_cpp,
+    llama_cpp_mtp,
+    llama_cpp_mtp_bailing,
+    llama_cpp_mtp_latent,
+    lucebox,
+)
 from convert_drafter.converters.dialects.cell import Cell, doubts, objections, read, read_all, write
 from convert_drafter.converters.errors import WrongUsage
 from convert_drafter.converters.gguf_read import GGUFFile
@@ -19,6 +26,7 @@ CELLS: dict[tuple[str, str], Cell] = {
         *(llama_cpp.DFLASH2, llama_cpp.DSPARK, llama_cpp.EAGLE3),
         *llama_cpp_mtp.CELLS,
         *llama_cpp_mtp_latent.CELLS,
+        *llama_cpp_mtp_bailing.CELLS,
     )
 }
 RUNTIMES: tuple[str, ...] = tuple(dict.fromkeys(runtime for _, runtime in CELLS))

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from convert_drafter.converters.config import ConfigReader
-from convert_drafter.converters.drafters import mtp, mtp_glm, mtp_latent, mtp_qwen
+from convert_drafter.converters.drafters import mtp, mtp_bailing, mtp_glm, mtp_latent, mtp_qwen
 from convert_drafter.converters.drafters.dflash import DFLASH
 from convert_drafter.converters.drafters.dflash2 import DFLASH2
 from convert_drafter.converters.drafters.dspark import DSPARK
@@ -22,7 +22,7 @@ from convert_drafter.converters.drafters.refused import OTHER_BUILDS, OTHER_KIND
 from convert_drafter.converters.errors import WrongInput
 from convert_drafter.converters.plan import TensorRule
 
-HEADS = (*mtp_qwen.FAMILIES, *mtp_glm.FAMILIES, *mtp_latent.FAMILIES)
+HEADS = (*mtp_qwen.FAMILIES, *mtp_glm.FAMILIES, *mtp_latent.FAMILIES, *mtp_bailing.FAMILIES)
 KINDS: dict[str, Kind] = {kind.name: kind for kind in (DFLASH, DFLASH2, DSPARK, EAGLE3, *HEADS)}
 
 
