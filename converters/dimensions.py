@@ -24,7 +24,7 @@ DIMENSIONS: dict[str, Callable[[DrafterSpec], int]] = {
     "shared_feed_forward": lambda s: _part(_part(s.experts).shared_feed_forward_size),
     "queries and gates": lambda s: 2 * s.head_count * s.head_dim,
     "embedding and state": lambda s: 2 * s.hidden_size,
-    "query_rank": lambda s: _part(s.latent_attention).query_rank,
+    "query_rank": lambda s: _part(_part(s.latent_attention).query_rank),
     "kv_rank": lambda s: _part(s.latent_attention).kv_rank,
     "kv_rank and rotated": lambda s: _part(s.latent_attention).kv_rank + s.rope.dimensions,
     "unrotated": lambda s: s.head_dim - s.rope.dimensions,

@@ -269,7 +269,9 @@ def unplaced(
 def type_facts(spec: DrafterSpec) -> Facts:
     """What types depend on beside the tensors, as llama-quantize reads it of the file."""
     mixture = spec.experts if spec.trunk is None else spec.experts or spec.trunk.experts
-    return Facts(spec.kind, spec.layers.stop, 0 if mixture is None else mixture.count, *_heads(spec))
+    # a head's kind has the name of its target's architecture
+    kind = spec.kind.removeprefix("mtp-")
+    return Facts(kind, spec.layers.stop, 0 if mixture is None else mixture.count, *_heads(spec))
 
 
 def _heads(spec: DrafterSpec) -> tuple[int, int]:

@@ -38,6 +38,7 @@ class Role(Enum):
     ATTN_KV_A_NORM = "blk.{i}.attn_kv_a_norm.weight"
     ATTN_K_B = "blk.{i}.attn_k_b.weight"  # out of it into each head's keys, transposed: queries go through it
     ATTN_V_B = "blk.{i}.attn_v_b.weight"
+    ATTN_GATE = "blk.{i}.attn_gate.weight"  # a row for each head, which weighs what it gives
     INDEXER_Q_B = "blk.{i}.indexer.attn_q_b.weight"  # what chooses the positions of sparse attention
     INDEXER_K = "blk.{i}.indexer.attn_k.weight"
     INDEXER_K_NORM = "blk.{i}.indexer.k_norm.weight"

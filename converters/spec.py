@@ -11,6 +11,7 @@ from convert_drafter.converters.spec_parts import (
     MROPE_SECTIONS,
     PAPER,
     Convolution,
+    DeltaAttention,
     Experts,
     Indexer,
     LatentAttention,
@@ -69,6 +70,7 @@ class DrafterSpec:
     linear_attention: LinearAttention | None = None
     latent_attention: LatentAttention | None = None
     indexer: Indexer | None = None
+    delta_attention: DeltaAttention | None = None
     experts: Experts | None = None
     trunk: Trunk | None = None
     layer_norm_epsilon: float | None = None  # of norms that take the mean away first; norm_epsilon is the same then
@@ -151,7 +153,7 @@ class DrafterSpec:
 
 
 CHAIN_LENGTH = 3
-_OF_TARGET_LAYERS = ("linear_attention.layers", "trunk.sliding_layers", "indexer.layers")  # lists
+_OF_TARGET_LAYERS = ("linear_attention.layers", "delta_attention.layers", "indexer.layers")  # lists
 OF_EACH_LAYER = ("sliding_layers", "head_counts", "kv_head_counts", "expert_clamps", "shared_clamps")
 _POSITIVE = (
     "layer_count", "hidden_size", "feed_forward_size", "head_count", "kv_head_count", "head_dim", "context_length",
@@ -161,6 +163,7 @@ _POSITIVE = (
     "linear_attention.kernel_size", "linear_attention.key_head_dim", "linear_attention.key_head_count",
     "linear_attention.value_head_count", "linear_attention.value_head_dim",
     "latent_attention.query_rank", "latent_attention.kv_rank", "latent_attention.value_head_dim",
+    "delta_attention.kernel_size", "delta_attention.head_dim",
     "indexer.head_count", "indexer.head_dim", "indexer.top_k",
     "experts.count", "experts.used", "experts.shared_feed_forward_size", "experts.groups", "experts.groups_used",
     "trunk.feed_forward_size", "trunk.window_size", "layer_norm_epsilon", "value_head_dim",
@@ -179,6 +182,7 @@ _EXPERTS = ("experts.count", "experts.used", "experts.shared_feed_forward_size")
 _LATENT = tuple(f"latent_attention.{name}" for name in ("query_rank", "kv_rank", "value_head_dim"))
 _TRUNK = ("trunk.dense_layer_count", "trunk.feed_forward_size")
 _INDEXER = ("indexer.head_count", "indexer.head_dim", "indexer.top_k")
+_DELTA = tuple(f"delta_attention.{name}" for name in ("kernel_size", "head_dim", "lower_bound", "layers"))
 _CHOICE = ("experts.scoring", "experts.normed", "experts.scale")
 _SLIDING_TRUNK = frozenset(
     f"trunk.{name}" for name in ("dense_layer_count", "feed_forward_size", "window_size", "sliding_layers")
@@ -203,6 +207,7 @@ OF_KIND: dict[str, frozenset[str]] = {
     "mtp-cohere2moe": frozenset({*_EXPERTS[:2], *_CHOICE[:2], "logit_scale"} | _SLIDING_TRUNK),
     "mtp-step35": _SLIDING | {"trunk.head_counts"},
     "mtp-mimo2": _SLIDING | {"value_head_dim"},
+    "mtp-bailingmoe3": frozenset({*_EXPERTS, *_CHOICE, *_TRUNK, *_LATENT[1:], *_DELTA}),
 }
 BEFORE_NORM = frozenset({"mtp-step35", "mtp-mimo2"})  # heads that read and hand on states before the final norm
 HEADS = frozenset(kind for kind in OF_KIND if kind.startswith("mtp-"))  # their layers are further ones of their target
@@ -220,6 +225,7 @@ _NESTED: dict[str, type] = {
     "linear_attention": LinearAttention,
     "latent_attention": LatentAttention,
     "indexer": Indexer,
+    "delta_attention": DeltaAttention,
     "experts": Experts,
     "trunk": Trunk,
     "trunk.experts": Experts,
@@ -282,6 +288,7 @@ __all__ = [
     "OF_KIND",
     "PAPER",
     "Convolution",
+    "DeltaAttention",
     "DrafterSpec",
     "Experts",
     "Indexer",

@@ -144,11 +144,12 @@ class LatentAttention:
 
     `query_rank` and `kv_rank` are the widths of these states. A head's key is the drafter's `head_dim` wide; its last
     `rope.dimensions`, in pairs of neighbours, are rotated and the same in all heads. A value is `value_head_dim` wide.
+    Without a `query_rank` queries come out of the hidden state itself.
     """
 
-    query_rank: int
     kv_rank: int
     value_head_dim: int
+    query_rank: int | None = None
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,25 @@ class Indexer:
     head_dim: int
     top_k: int
     layers: tuple[bool, ...] | None = None  # one per layer of the target, True = chooses
+
+
+@dataclass(frozen=True)
+class DeltaAttention:
+    """The target's layers of Kimi delta attention (arXiv 2510.26692). A head has none, but its file is loaded as its
+    target's.
+
+    `kernel_size` in taps, `head_dim` of queries, keys and values alike; `lower_bound` is that of the forget gate, in
+    log space.
+    """
+
+    kernel_size: int
+    head_dim: int
+    lower_bound: float
+    layers: tuple[bool, ...]  # one per layer of the target, True = delta attention
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.lower_bound) and self.lower_bound < 0):
+            raise BadFact("delta_attention.lower_bound", self.lower_bound, "a finite number below 0")
 
 
 SCORINGS = ("softmax", "sigmoid")

@@ -49,6 +49,15 @@ TextModel._set_vocab_sentencepiece = no_sentencepiece
 TextModel._set_vocab_glm = TextModel._set_vocab_gpt2
 Cohere2MoeModel.supports_mtp_export = True
 DeepseekV32Model.set_vocab = TextModel._set_vocab_gpt2
+parsed = ModelBase.load_hparams
+
+def as_published(folder, is_mistral_format):
+    with open(f"{folder}/config.json") as file:
+        raw = json.load(file)
+    known = parsed(folder, is_mistral_format)
+    return {**known, **raw} if raw.get("model_type") == "bailing_hybrid" else known
+
+ModelBase.load_hparams = staticmethod(as_published)
 for job in jobs:
     sys.argv = ["convert_hf_to_gguf.py", *job]
     print(*sys.argv, file=sys.stderr, flush=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import make_mtp
+import make_mtp_bailing
 import make_mtp_cohere
 import make_mtp_glm
 import make_mtp_hunyuan
@@ -142,6 +143,7 @@ SOURCES: dict[str, Callable[[Path], Path]] = {
     "mimo": make_mtp_mimo.random,
     "mimo-flash": make_mtp_mimo.flash,
     "mimo-ranks": make_mtp_mimo.ranked,
+    "bailing": make_mtp_bailing.random,
 }
 
 

@@ -368,7 +368,7 @@ SPEC = DrafterSpec(
     target_layer_count=5,
     target_hidden_size=64,
     causal=True,
-    latent_attention=LatentAttention(160, 96, 48),
+    latent_attention=LatentAttention(96, 48, 160),
     experts=Experts(8, 3, 64, "sigmoid", True, 1.8, 4, 2),
     trunk=Trunk(1, 96),
 )

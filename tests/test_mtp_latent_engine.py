@@ -16,7 +16,7 @@ from convert_drafter.converters.convert import write_conversion
 from convert_drafter.converters.gguf_read import read_gguf
 
 pytestmark = pytest.mark.engine
-FAMILIES = ("flash", "dsa", "deepseek")
+FAMILIES = ("flash", "dsa", "deepseek", "bailing")
 by_family = pytest.mark.parametrize("name", FAMILIES)
 ASKED = PROMPTS[:2]
 

@@ -9,6 +9,7 @@ from convert_drafter.converters.dialects import (
     ik_llama_cpp,
     llama_cpp,
     llama_cpp_mtp,
+    llama_cpp_mtp_bailing,
     llama_cpp_mtp_cohere,
     llama_cpp_mtp_hunyuan,
     llama_cpp_mtp_latent,
@@ -31,6 +32,7 @@ CELLS: dict[tuple[str, str], Cell] = {
         *llama_cpp_mtp_cohere.CELLS,
         *llama_cpp_mtp_latent.CELLS,
         *llama_cpp_mtp_swa.CELLS,
+        *llama_cpp_mtp_bailing.CELLS,
     )
 }
 RUNTIMES: tuple[str, ...] = tuple(dict.fromkeys(runtime for _, runtime in CELLS))

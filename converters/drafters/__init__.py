@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from convert_drafter.converters.config import ConfigReader
 from convert_drafter.converters.drafters import (
     mtp,
+    mtp_bailing,
     mtp_cohere,
     mtp_glm,
     mtp_hunyuan,
@@ -35,6 +36,7 @@ HEADS = (
     *mtp_qwen.FAMILIES,
     *mtp_glm.FAMILIES,
     *mtp_latent.FAMILIES,
+    *mtp_bailing.FAMILIES,
     *mtp_hunyuan.FAMILIES,
     *mtp_cohere.FAMILIES,
     *mtp_step.FAMILIES,

@@ -25,7 +25,7 @@ HEAD = re.compile(r"mtp\.")
 LAYER = re.compile(r"mtp\.layers\.(\d{1,9})\.")
 APPENDED = re.compile(r"layers\.(\d{1,9})\.eh_proj\.")  # one more layer of the target is a head by this tensor
 NUMBER = re.compile(r"layers\.(\d{1,9})\.")
-SHARED = re.compile(r"(embed_tokens|norm|lm_head)\.")  # of the target, and in the head's own file
+SHARED = re.compile(r"((word_)?embed(ding|_token)s|norm|lm_head)\.")  # of the target, and in the head's own file
 COUNT, APPENDED_COUNT = "mtp_num_hidden_layers", "num_nextn_predict_layers"
 
 # Other targets with a head, by the class or model type in their config, and why it is not converted.
@@ -232,11 +232,11 @@ def is_tied(reader: ConfigReader) -> bool:
     return reader.find("head", bool, "tie_word_embeddings") is True
 
 
-def shared_rules(reader: ConfigReader, norm: Op = COPY) -> tuple[TensorRule, ...]:
-    """What a runtime needs of the target to load the head alone."""
+def shared_rules(reader: ConfigReader, norm: Op = COPY, embedding: str = "embed_tokens") -> tuple[TensorRule, ...]:
+    """What a runtime needs of the target to load the head alone; Bailing calls its `embedding` otherwise."""
     no_head = not reader.raw or is_tied(reader)  # of a config nobody gave nothing is known
     return (
-        TensorRule("embed_tokens.weight", Role.TOKEN_EMBEDDING, ("vocab", "hidden")),
+        TensorRule(f"{embedding}.weight", Role.TOKEN_EMBEDDING, ("vocab", "hidden")),
         TensorRule("norm.weight", Role.OUTPUT_NORM, ("hidden",), norm),
         TensorRule("lm_head.weight", Role.OUTPUT, ("vocab", "hidden"), optional=no_head),
     )

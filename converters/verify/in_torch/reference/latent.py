@@ -32,7 +32,7 @@ class Chooser(nn.Module):
 
     def __init__(self, spec: DrafterSpec, facts: LatentAttention, indexer: Indexer) -> None:
         super().__init__()
-        self.wq_b = nn.Linear(facts.query_rank, indexer.head_count * indexer.head_dim, bias=False)
+        self.wq_b = nn.Linear(facts.query_rank or 0, indexer.head_count * indexer.head_dim, bias=False)
         self.wk = nn.Linear(spec.hidden_size, indexer.head_dim, bias=False)
         self.k_norm = nn.LayerNorm(indexer.head_dim)
         self.weights_proj = nn.Linear(spec.hidden_size, indexer.head_count, bias=False)
@@ -50,14 +50,18 @@ class Latent(nn.Module):
         scaling = spec.rope.scaling
         stretched = 1.0 if scaling is None else yarn_attention(scaling.factor, scaling.log_multiplier or 0.0)
         self.scale = stretched**2 / math.sqrt(spec.head_dim)
-        self.q_a_proj = nn.Linear(hidden, facts.query_rank, bias=False)
-        self.q_a_layernorm = RMSNorm(facts.query_rank, spec.norm_epsilon)
-        self.q_b_proj = nn.Linear(facts.query_rank, heads * spec.head_dim, bias=False)
+        if facts.query_rank is None:
+            self.q_proj = nn.Linear(hidden, heads * spec.head_dim, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(hidden, facts.query_rank, bias=False)
+            self.q_a_layernorm = RMSNorm(facts.query_rank, spec.norm_epsilon)
+            self.q_b_proj = nn.Linear(facts.query_rank, heads * spec.head_dim, bias=False)
         self.kv_a_proj = nn.Linear(hidden, facts.kv_rank + self.turned, bias=False)
         self.kv_a_layernorm = RMSNorm(facts.kv_rank, spec.norm_epsilon)
         self.k_b = nn.Parameter(torch.zeros(heads, facts.kv_rank, self.plain))
         self.v_b = nn.Parameter(torch.zeros(heads, facts.value_head_dim, facts.kv_rank))
         self.o_proj = nn.Linear(heads * facts.value_head_dim, hidden, bias=False)
+        self.g_proj = nn.Linear(hidden, heads, bias=False) if Role.ATTN_GATE in roles else None
         chooses = spec.indexer is not None and Role.INDEXER_Q_B in roles
         self.indexer = Chooser(spec, facts, spec.indexer) if chooses and spec.indexer else None
 
@@ -69,6 +73,12 @@ class Latent(nn.Module):
         halves = torch.cat([x[..., ::2], x[..., 1::2]], dim=-1)
         return rotate(halves, at, self.spec.rope, self.spec.rope.theta, self.spec.context_length)
 
+    def queries(self, x: Tensor) -> Tensor:
+        """(..., S, H) -> (..., S, n * (p + t))"""
+        found: Tensor
+        found = self.q_proj(x) if self.facts.query_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        return found
+
     def keys_values(self, x: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
         """(..., S, H) -> keys (..., n, S, p + t) and values (..., n, S, v)."""
         state, turned = self.kv_a_proj(x).split([self.facts.kv_rank, self.turned], dim=-1)
@@ -79,10 +89,11 @@ class Latent(nn.Module):
 
     def forward(self, x: Tensor, at: Tensor, every: tuple[Tensor, Tensor], visible: Tensor) -> Tensor:
         """`every` holds the keys and values of all T + S positions, `visible` (S, T + S) where a query may look."""
-        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))  # (..., S, n * (p + t))
-        q = q.unflatten(-1, (self.spec.head_count, -1)).transpose(-2, -3)  # (..., n, S, p + t)
+        q = self.queries(x).unflatten(-1, (self.spec.head_count, -1)).transpose(-2, -3)  # (..., n, S, p + t)
         plain, turned = q.split([self.plain, self.turned], dim=-1)
         q = torch.cat([plain, self.turn(turned, at)], dim=-1)
         o = F.scaled_dot_product_attention(q, *every, attn_mask=visible, scale=self.scale)
+        if self.g_proj is not None:
+            o = o * self.g_proj(x).sigmoid().transpose(-1, -2).unsqueeze(-1)  # a number for each head
         out: Tensor = self.o_proj(o.transpose(-2, -3).flatten(-2))  # (..., S, H)
         return out

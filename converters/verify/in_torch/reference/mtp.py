@@ -47,6 +47,7 @@ NAMES = {
     Role.ATTN_KV_A_NORM: f"{_ATTENTION}kv_a_layernorm.weight",
     Role.ATTN_K_B: f"{_ATTENTION}k_b",
     Role.ATTN_V_B: f"{_ATTENTION}v_b",
+    Role.ATTN_GATE: f"{_ATTENTION}g_proj.weight",
     Role.INDEXER_Q_B: f"{_ATTENTION}indexer.wq_b.weight",
     Role.INDEXER_K: f"{_ATTENTION}indexer.wk.weight",
     Role.INDEXER_K_NORM: f"{_ATTENTION}indexer.k_norm.weight",
