@@ -21,6 +21,7 @@ DIMENSIONS: dict[str, Callable[[DrafterSpec], int]] = {
     "queries": lambda s: s.head_count * s.head_dim,
     "keys": lambda s: s.kv_head_count * s.head_dim,
     "experts": lambda s: _part(s.experts).count,
+    "expert_hidden": lambda s: _part(s.experts).latent_size or s.hidden_size,
     "shared_feed_forward": lambda s: _part(_part(s.experts).shared_feed_forward_size),
     "queries and gates": lambda s: 2 * s.head_count * s.head_dim,
     "embedding and state": lambda s: 2 * s.hidden_size,

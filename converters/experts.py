@@ -17,15 +17,15 @@ import numpy as np
 from convert_drafter.converters.checkpoint import DTYPES, Array, Checkpoint, Headers, TensorHeader, read_rows
 from convert_drafter.converters.errors import Problems
 
-EACH = re.compile(r"(.*\.mlp\.experts\.)(\d{1,6})\.((?:gate|up|down)_proj)\.weight")
+EACH = re.compile(r"(.*\.(?:mlp|mixer)\.experts\.)(\d{1,6})\.((?:gate|up|down)_proj)\.weight")
 FUSED = re.compile(r"(.*\.mlp\.experts\.)gate_up_proj(?:\.weight)?")
-BARE = re.compile(r"(.*\.mlp\.experts\.(?:gate|up|down)_proj)")
+BARE = re.compile(r"(.*\.(?:mlp|mixer)\.experts\.(?:gate|up|down)_proj)")
 MEND = "download the file again or use another release"
 
 
 def stack_experts(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with its experts stacked, if it has some. Raises `Problems` naming one that is absent."""
-    if not any(".mlp.experts." in name for name in checkpoint.tensors):
+    if not any(".experts." in name for name in checkpoint.tensors):
         return checkpoint
     found: Headers = {}
     problems: list[str] = []

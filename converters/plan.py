@@ -133,9 +133,8 @@ def leave_out(name: str) -> str:
 
 
 def plain_name(name: str) -> str:
-    """The name that rules are written in: some exports put the drafter or its target's text model under `model.`, or
-    the drafter's one layer elsewhere."""
-    name = name.removeprefix("model.").removeprefix("language_model.")
+    """The name that rules are written in, whatever an export puts the drafter or its target's text model under."""
+    name = name.removeprefix("model.").removeprefix("language_model.").removeprefix("backbone.")
     return f"layers.0.{name.removeprefix(ONLY_LAYER)}" if name.startswith(ONLY_LAYER) else name
 
 

@@ -38,7 +38,6 @@ class Role(Enum):
     ATTN_KV_A_NORM = "blk.{i}.attn_kv_a_norm.weight"
     ATTN_K_B = "blk.{i}.attn_k_b.weight"  # out of it into each head's keys, transposed: queries go through it
     ATTN_V_B = "blk.{i}.attn_v_b.weight"
-    ATTN_GATE = "blk.{i}.attn_gate.weight"  # a row for each head, which weighs what it gives
     INDEXER_Q_B = "blk.{i}.indexer.attn_q_b.weight"  # what chooses the positions of sparse attention
     INDEXER_K = "blk.{i}.indexer.attn_k.weight"
     INDEXER_K_NORM = "blk.{i}.indexer.k_norm.weight"
@@ -55,6 +54,8 @@ class Role(Enum):
     FFN_GATE_EXPERTS = "blk.{i}.ffn_gate_exps.weight"
     FFN_UP_EXPERTS = "blk.{i}.ffn_up_exps.weight"
     FFN_DOWN_EXPERTS = "blk.{i}.ffn_down_exps.weight"
+    FFN_LATENT_DOWN = "blk.{i}.ffn_latent_down.weight"  # into the width that experts work in, where it is their own
+    FFN_LATENT_UP = "blk.{i}.ffn_latent_up.weight"
     FFN_SHARED_ROUTER = "blk.{i}.ffn_gate_inp_shexp.weight"
     FFN_GATE_SHARED = "blk.{i}.ffn_gate_shexp.weight"
     FFN_UP_SHARED = "blk.{i}.ffn_up_shexp.weight"

@@ -7,8 +7,10 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from convert_drafter.converters.errors import BadFact
+from convert_drafter.converters.spec_kinds import BEFORE_NORM, HEADS, MAMBA, OF_KIND
 from convert_drafter.converters.spec_parts import (
     MROPE_SECTIONS,
+    NO_ROPE,
     PAPER,
     Convolution,
     DeltaAttention,
@@ -21,6 +23,7 @@ from convert_drafter.converters.spec_parts import (
     RopeScaling,
     Selector,
     SlidingWindow,
+    StateSpace,
     Trunk,
     yarn_attention,
 )
@@ -73,6 +76,7 @@ class DrafterSpec:
     delta_attention: DeltaAttention | None = None
     experts: Experts | None = None
     trunk: Trunk | None = None
+    state_space: StateSpace | None = None
     layer_norm_epsilon: float | None = None  # of norms that take the mean away first; norm_epsilon is the same then
 
     @property
@@ -154,8 +158,12 @@ class DrafterSpec:
 
 CHAIN_LENGTH = 3
 _OF_TARGET_LAYERS = ("linear_attention.layers", "delta_attention.layers", "indexer.layers")  # lists
-OF_EACH_LAYER = ("sliding_layers", "head_counts", "kv_head_counts", "expert_clamps", "shared_clamps")
+OF_EACH_LAYER = (
+    *("sliding_layers", "attention_layers", "mixture_layers", "head_counts", "kv_head_counts"),
+    *("expert_clamps", "shared_clamps"),
+)
 _POSITIVE = (
+    *MAMBA,
     "layer_count", "hidden_size", "feed_forward_size", "head_count", "kv_head_count", "head_dim", "context_length",
     "vocab_size", "norm_epsilon", "target_layer_count", "target_hidden_size",
     "convolution.kernel_size", "convolution.group_size", "selector.rank", "selector.top_k",
@@ -165,6 +173,7 @@ _POSITIVE = (
     "latent_attention.query_rank", "latent_attention.kv_rank", "latent_attention.value_head_dim",
     "delta_attention.kernel_size", "delta_attention.head_dim",
     "indexer.head_count", "indexer.head_dim", "indexer.top_k",
+    "experts.latent_size",
     "experts.count", "experts.used", "experts.shared_feed_forward_size", "experts.groups", "experts.groups_used",
     "trunk.feed_forward_size", "trunk.window_size", "layer_norm_epsilon", "value_head_dim",
     "trunk.rope_theta", "trunk.expert_feed_forward_size", "trunk.experts.count", "trunk.experts.used",
@@ -172,45 +181,6 @@ _POSITIVE = (
     # a zero in these keys means "none" to llama.cpp, and would mean something else here
     "attention_value_scale", "embedding_scale", "logit_scale", "logit_softcap", "experts.scale",
 )  # fmt: skip
-# Facts that a kind cannot be without, beside those of every drafter.
-_BLOCK = frozenset({"block_size", "mask_token_id", "capture_layers"})
-_LINEAR = frozenset(
-    f"linear_attention.{name}"
-    for name in ("kernel_size", "key_head_dim", "key_head_count", "value_head_count", "value_head_dim", "layers")
-)
-_EXPERTS = ("experts.count", "experts.used", "experts.shared_feed_forward_size")
-_LATENT = tuple(f"latent_attention.{name}" for name in ("query_rank", "kv_rank", "value_head_dim"))
-_TRUNK = ("trunk.dense_layer_count", "trunk.feed_forward_size")
-_INDEXER = ("indexer.head_count", "indexer.head_dim", "indexer.top_k")
-_DELTA = tuple(f"delta_attention.{name}" for name in ("kernel_size", "head_dim", "lower_bound", "layers"))
-_CHOICE = ("experts.scoring", "experts.normed", "experts.scale")
-_SLIDING_TRUNK = frozenset(
-    f"trunk.{name}" for name in ("dense_layer_count", "feed_forward_size", "window_size", "sliding_layers")
-)
-_SLIDING = frozenset({"window.size", "window.layers"}.union(
-    f"trunk.{name}"
-    for name in ("sliding_layers", "kv_head_counts", "rope_theta", "experts.count", "expert_feed_forward_size")
-))  # fmt: skip
-OF_KIND: dict[str, frozenset[str]] = {
-    "dflash": _BLOCK,
-    "dflash2": _BLOCK | {"convolution.kernel_size", "convolution.group_size", "selector.rank", "selector.top_k"},
-    "dspark": _BLOCK | {"markov_rank", "confidence_head", "sample_from_anchor"},
-    "eagle3": frozenset({"capture_layers", "norm_before_residual", "norm_before_fc"}),
-    "mtp-qwen35": _LINEAR | {"rope.sections"},
-    "mtp-qwen35moe": _LINEAR | {"rope.sections", *_EXPERTS},
-    "mtp-qwen3next": _LINEAR.union(_EXPERTS),
-    "mtp-glm4moe": frozenset({*_EXPERTS, *_CHOICE, *_TRUNK}),
-    "mtp-deepseek2": frozenset({*_EXPERTS, *_CHOICE, *_TRUNK, *_LATENT}),
-    "mtp-glm-dsa": frozenset({*_EXPERTS, *_CHOICE, *_TRUNK, *_LATENT, *_INDEXER, "indexer.layers"}),
-    "mtp-deepseek32": frozenset({*_EXPERTS, *_CHOICE, *_TRUNK, *_LATENT, *_INDEXER}),
-    "mtp-hy_v3": frozenset({*_EXPERTS, *_CHOICE, "trunk.feed_forward_size"}),
-    "mtp-cohere2moe": frozenset({*_EXPERTS[:2], *_CHOICE[:2], "logit_scale"} | _SLIDING_TRUNK),
-    "mtp-step35": _SLIDING | {"trunk.head_counts"},
-    "mtp-mimo2": _SLIDING | {"value_head_dim"},
-    "mtp-bailingmoe3": frozenset({*_EXPERTS, *_CHOICE, *_TRUNK, *_LATENT[1:], *_DELTA}),
-}
-BEFORE_NORM = frozenset({"mtp-step35", "mtp-mimo2"})  # heads that read and hand on states before the final norm
-HEADS = frozenset(kind for kind in OF_KIND if kind.startswith("mtp-"))  # their layers are further ones of their target
 
 
 # --- the spec as a flat table of facts: what dialects, inspect and doctor work on ---
@@ -230,6 +200,7 @@ _NESTED: dict[str, type] = {
     "trunk": Trunk,
     "trunk.experts": Experts,
     "trunk.llama3": Llama3Bands,
+    "state_space": StateSpace,
 }
 
 
@@ -285,6 +256,7 @@ __all__ = [
     "HEADS",
     "MAX_VOCAB",
     "MROPE_SECTIONS",
+    "NO_ROPE",
     "OF_KIND",
     "PAPER",
     "Convolution",
@@ -299,6 +271,7 @@ __all__ = [
     "RopeScaling",
     "Selector",
     "SlidingWindow",
+    "StateSpace",
     "Trunk",
     "facts_of",
     "required",

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from convert_drafter.converters.errors import BadFact
 
 MROPE_SECTIONS = 4
+NO_TURN = 1.0  # the theta of what is not rotated at all
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def yarn_attention(factor: float, multiplier: float = 1.0) -> float:
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary embedding: base, rotated dimensions per head (the first ones, rotate-half), scaling.
+    """Rotary embedding: base, rotated dimensions per head (the first ones, rotate-half), scaling; `NO_ROPE` for none.
 
     `sections` is None unless the target positions its tokens with M-RoPE; then it holds the four section widths.
     """
@@ -83,12 +84,15 @@ class Rope:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.theta) and self.theta > 0):
             raise BadFact("rope.theta", self.theta, "a finite number above 0")
-        if self.dimensions <= 0 or self.dimensions % 2:
+        if (self.theta, self.dimensions) != (NO_TURN, 0) and (self.dimensions <= 0 or self.dimensions % 2):
             raise BadFact("rope.dimensions", self.dimensions, "an even number above 0")
         if self.sections is not None and len(self.sections) != MROPE_SECTIONS:
             raise BadFact("rope.sections", self.sections, f"{MROPE_SECTIONS} widths")
         if self.scaling is not None and self.llama3 is not None:
             raise BadFact("rope.scaling.method", self.scaling.method, "one scaling, and there is Llama 3's as well")
+
+
+NO_ROPE = Rope(NO_TURN, 0)
 
 
 @dataclass(frozen=True)
@@ -194,7 +198,8 @@ class Experts:
 
     An expert's own width is the drafter's `feed_forward_size`. How experts are chosen and weighed is None where it
     goes without saying for the kind: `scoring` makes scores of a router's outputs, `normed` makes those of the chosen
-    experts add up to one, `scale` multiplies them. Only experts in the `groups_used` best of `groups` are chosen.
+    experts add up to one, `scale` multiplies them. Only experts in the `groups_used` best of `groups` are chosen. They
+    read and give states of `latent_size`, where that is not the drafter's hidden size.
     """
 
     count: int
@@ -205,6 +210,7 @@ class Experts:
     scale: float | None = None
     groups: int | None = None
     groups_used: int | None = None
+    latent_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.used > self.count:
@@ -223,16 +229,18 @@ class Trunk:
     """What only a target's own layers are built by: a head has no use for it, but its file is loaded as its target's.
 
     The first `dense_layer_count` layers are no mixtures; `feed_forward_size` is their width. Lists have an entry for
-    each layer: which of them slide (over `window_size` tokens, where that is not the head's own), how many heads they
-    have, and where a mixture's activations are cut off (0: nowhere), of its experts and of the one that is always used.
-    `rope_theta` and `llama3` are of full layers, where the head's slide; `experts` of a mixture that the head has none
-    of, `expert_feed_forward_size` the width of one.
+    each layer: which of them slide (over `window_size` tokens, where that is not the head's own), attend at all or are
+    mixtures, how many heads they have, and where a mixture's activations are cut off (0: nowhere), of its experts and
+    of the one that is always used. `rope_theta` and `llama3` are of full layers, where the head's slide; `experts` of a
+    mixture that the head has none of, `expert_feed_forward_size` the width of one.
     """
 
     dense_layer_count: int | None = None
     feed_forward_size: int | None = None
     window_size: int | None = None
     sliding_layers: tuple[bool, ...] = ()
+    attention_layers: tuple[bool, ...] = ()
+    mixture_layers: tuple[bool, ...] = ()
     head_counts: tuple[int, ...] = ()
     kv_head_counts: tuple[int, ...] = ()
     rope_theta: float | None = None
@@ -241,3 +249,14 @@ class Trunk:
     expert_feed_forward_size: int | None = None
     expert_clamps: tuple[float, ...] = ()
     shared_clamps: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class StateSpace:
+    """The target's Mamba-2 layers (Nemotron-H), in widths and counts; `kernel_size` in taps. A head has none."""
+
+    kernel_size: int
+    state_size: int
+    group_count: int
+    head_count: int
+    head_dim: int

@@ -14,6 +14,7 @@ import make_mtp_glm
 import make_mtp_hunyuan
 import make_mtp_latent
 import make_mtp_mimo
+import make_mtp_nemotron
 import make_mtp_step
 import numpy as np
 from published import DELETE, changed
@@ -134,6 +135,7 @@ SOURCES: dict[str, Callable[[Path], Path]] = {
     "next": qwen3_next,
     "glm": make_mtp_glm.random,
     "hunyuan": make_mtp_hunyuan.random,
+    "nemotron": make_mtp_nemotron.random,
     "cohere": make_mtp_cohere.random,
     "cohere-centred": make_mtp_cohere.centred,
     "flash": make_mtp_latent.flash,

@@ -14,7 +14,7 @@ from test_dialects import keys_of, shown, tensor_names
 
 from convert_drafter.converters.dialects import CELLS, objections, read, write
 from convert_drafter.converters.errors import WrongInput
-from convert_drafter.converters.spec import DrafterSpec, Experts, Rope, Trunk, facts_of, spec_from
+from convert_drafter.converters.spec import NO_ROPE, DrafterSpec, Experts, Rope, StateSpace, Trunk, facts_of, spec_from
 
 BASE = DrafterSpec(
     kind="mtp-hy_v3",
@@ -43,6 +43,14 @@ SPECS = {
         trunk=Trunk(1, 96, 512, (False, True, True, True)),
         logit_scale=0.25,
         layer_norm_epsilon=1e-5,
+    ),
+    "mtp-nemotron_h_moe": replace(
+        BASE,
+        kind="mtp-nemotron_h_moe",
+        rope=NO_ROPE,
+        experts=Experts(8, 3, 48, "sigmoid", normed=True, scale=2.5, groups=1, groups_used=1, latent_size=40),
+        trunk=Trunk(attention_layers=(False, False, True, False), mixture_layers=(False, True, False, True)),
+        state_space=StateSpace(4, 16, 2, 8, 16),
     ),
 }
 by_kind = pytest.mark.parametrize("kind", SPECS)
@@ -83,6 +91,8 @@ def changes(draw: st.DrawFn) -> dict[str, Any]:
         "experts.normed": draw(st.booleans()),
         "trunk.feed_forward_size": draw(sizes),
         "trunk.window_size": draw(sizes),
+        **{f"state_space.{name}": draw(sizes) for name in ("kernel_size", "state_size", "head_count", "head_dim")},
+        "experts.latent_size": draw(sizes),
     }
 
 
@@ -122,6 +132,11 @@ def test_a_depth_that_is_not_the_rows_own_is_a_contradiction(kind: str) -> None:
             "mtp-cohere2moe",
             {"trunk.sliding_layers": (False,) * 4},
             "trunk.sliding_layers: llama.cpp stops at a target of which no layer slides",
+        ),
+        (
+            "mtp-nemotron_h_moe",
+            {"rope.theta": 1e4, "rope.dimensions": 32},
+            "rope.theta = 10000.0: llama.cpp has no key",
         ),
         ("mtp-hy_v3", {"logit_scale": 0.5}, "logit_scale = 0.5: llama.cpp has no key for it"),
     ],

@@ -19,6 +19,7 @@ from convert_drafter.converters.drafters import (
     mtp_hunyuan,
     mtp_latent,
     mtp_mimo,
+    mtp_nemotron,
     mtp_qwen,
     mtp_step,
 )
@@ -39,6 +40,7 @@ HEADS = (
     *mtp_bailing.FAMILIES,
     *mtp_hunyuan.FAMILIES,
     *mtp_cohere.FAMILIES,
+    *mtp_nemotron.FAMILIES,
     *mtp_step.FAMILIES,
     *mtp_mimo.FAMILIES,
 )

@@ -25,7 +25,8 @@ HEAD = re.compile(r"mtp\.")
 LAYER = re.compile(r"mtp\.layers\.(\d{1,9})\.")
 APPENDED = re.compile(r"layers\.(\d{1,9})\.eh_proj\.")  # one more layer of the target is a head by this tensor
 NUMBER = re.compile(r"layers\.(\d{1,9})\.")
-SHARED = re.compile(r"((word_)?embed(ding|_token)s|norm|lm_head)\.")  # of the target, and in the head's own file
+# of the target, and in the head's own file
+SHARED = re.compile(r"((word_)?embed(ding|_token)s|embeddings|norm(_f)?|lm_head)\.")
 COUNT, APPENDED_COUNT = "mtp_num_hidden_layers", "num_nextn_predict_layers"
 
 # Other targets with a head, by the class or model type in their config, and why it is not converted.
@@ -37,6 +38,7 @@ REFUSED = {
     "Exaone4ForCausalLM": f"{NO_RUNTIME}: llama.cpp keeps its tensors and has no graph for them",
     "ExaoneMoEForCausalLM": f"{NO_RUNTIME}: llama.cpp keeps its tensors and has no graph for them",
     "ExaoneMoeForCausalLM": f"{NO_RUNTIME}: llama.cpp keeps its tensors and has no graph for them",
+    "NemotronHPuzzleForCausalLM": f"{NO_RUNTIME}: llama.cpp's converter drops it (conversion/nemotron.py)",
     "BailingMoeV2ForCausalLM": f"{NO_RUNTIME}: llama.cpp keeps its tensors and has no graph for them",
 }
 
@@ -113,27 +115,27 @@ def count_own(reader: ConfigReader, headers: Headers, has_key: bool = True) -> i
 
     A family without `has_key` is published without one, and its tensors alone count.
     """
-    found = _numbers(headers, LAYER)
+    found = numbers(headers, LAYER)
     if not found:
         raise WrongInput(f"{reader.where}: mtp.layers.0: no tensor of it, though there are others under mtp.")
     if not has_key and declared(reader) is None:
         reader.origins["layer_count"] = "tensor names"
         return _agreed(reader, [f"mtp.layers.{i}" for i in found], found, 0, len(found))
-    return _agreed(reader, [f"mtp.layers.{i}" for i in found], found, 0, _counted(reader, len(found), COUNT))
+    return _agreed(reader, [f"mtp.layers.{i}" for i in found], found, 0, counted(reader, len(found), COUNT))
 
 
 def count_appended(reader: ConfigReader, headers: Headers, depth: int) -> int:
     """The number of layers behind the target's `depth` own ones, by the tensors; the config has to agree (A5-2)."""
-    found = _numbers(headers, APPENDED)
-    count = _counted(reader, len(found), APPENDED_COUNT)
+    found = numbers(headers, APPENDED)
+    count = counted(reader, len(found), APPENDED_COUNT)
     return _agreed(reader, [f"layers.{i}.eh_proj" for i in found], found, depth, count)
 
 
-def _numbers(headers: Headers, layer: re.Pattern[str]) -> list[int]:
+def numbers(headers: Headers, layer: re.Pattern[str]) -> list[int]:
     return sorted({int(match[1]) for name in headers if (match := layer.match(plain_name(name)))})
 
 
-def _counted(reader: ConfigReader, found: int, key: str) -> int:
+def counted(reader: ConfigReader, found: int, key: str) -> int:
     count = declared(reader)
     if not count:
         said = "0" if count == 0 else "no such key"

@@ -166,6 +166,6 @@ BAILINGMOE3 = Kind(
     dropped=dropped,
     ignored=IGNORED,
     in_target=True,
-    parted=parted,
+    arranged=parted,
 )
 FAMILIES = (BAILINGMOE3,)

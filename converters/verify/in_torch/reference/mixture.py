@@ -22,24 +22,39 @@ BEST_OF_GROUP = 2  # a group is worth as much as its two best experts together
 
 
 class Projections(nn.Module):
-    """The weights of all experts, (experts, out, in) each."""
+    """The weights of all experts, (experts, out, in) each. Without a gate the activation is a squared ReLU."""
 
-    def __init__(self, experts: int, width: int, hidden: int) -> None:
+    def __init__(self, experts: int, width: int, hidden: int, gated: bool) -> None:
         super().__init__()
-        self.gate_proj = Stacked(experts, width, hidden)
+        self.gate_proj = Stacked(experts, width, hidden) if gated else None
         self.up_proj = Stacked(experts, width, hidden)
         self.down_proj = Stacked(experts, hidden, width)
 
     def forward(self, x: Tensor, expert: int) -> Tensor:
         """(tokens, H) through one expert."""
-        inner = F.silu(x @ self.gate_proj.weight[expert].T) * (x @ self.up_proj.weight[expert].T)
-        return inner @ self.down_proj.weight[expert].T
+        inner = x @ self.up_proj.weight[expert].T
+        gated = (
+            F.relu(inner).square() if self.gate_proj is None else F.silu(x @ self.gate_proj.weight[expert].T) * inner
+        )
+        return gated @ self.down_proj.weight[expert].T
 
 
 class Stacked(nn.Module):
     def __init__(self, *shape: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(shape))
+
+
+class Squared(nn.Module):
+    """A feed-forward without a gate: a squared ReLU."""
+
+    def __init__(self, hidden: int, width: int) -> None:
+        super().__init__()
+        self.up_proj, self.down_proj = nn.Linear(hidden, width, bias=False), nn.Linear(width, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(F.relu(self.up_proj(x)).square())
+        return out
 
 
 class Mixture(nn.Module):
@@ -52,19 +67,24 @@ class Mixture(nn.Module):
         shared = experts.shared_feed_forward_size
         self.gate = nn.Linear(spec.hidden_size, experts.count, bias=False)
         self.choice_bias = nn.Parameter(torch.zeros(experts.count)) if Role.FFN_ROUTER_BIAS in roles else None
-        self.experts = Projections(experts.count, spec.feed_forward_size, spec.hidden_size)
-        self.shared_expert = FeedForward(replace(spec, feed_forward_size=shared)) if shared else None
+        hidden, latent, gated = spec.hidden_size, experts.latent_size, Role.FFN_GATE_EXPERTS in roles
+        self.experts = Projections(experts.count, spec.feed_forward_size, latent or hidden, gated)
+        self.latent_down = nn.Linear(hidden, latent, bias=False) if latent else nn.Identity()
+        self.latent_up = nn.Linear(latent, hidden, bias=False) if latent else nn.Identity()
+        own = FeedForward(replace(spec, feed_forward_size=shared)) if shared and gated else None
+        self.shared_expert = own or (Squared(hidden, shared) if shared else None)
         weighed = Role.FFN_SHARED_ROUTER in roles
         self.shared_expert_gate = nn.Linear(spec.hidden_size, 1, bias=False) if weighed else None
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])  # (tokens, H)
         shares, chosen = self.route(flat)
-        out = torch.zeros_like(flat)
+        read = self.latent_down(flat)
+        out = torch.zeros_like(read)
         for expert in chosen.unique().tolist():
             token, place = (chosen == expert).nonzero(as_tuple=True)
-            out = out.index_add(0, token, self.experts(flat[token], expert) * shares[token, place, None])
-        out = (out + self.shared(flat)).reshape(x.shape)
+            out = out.index_add(0, token, self.experts(read[token], expert) * shares[token, place, None])
+        out = (self.latent_up(out) + self.shared(flat)).reshape(x.shape)
         return out / 2 if self.averaged else out
 
     def route(self, flat: Tensor) -> tuple[Tensor, Tensor]:
