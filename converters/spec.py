@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
 
 from convert_drafter.converters.errors import BadFact
@@ -17,6 +17,7 @@ from convert_drafter.converters.spec_parts import (
     Rope,
     RopeScaling,
     Selector,
+    SlidingLayers,
     SlidingWindow,
     yarn_attention,
 )
@@ -49,6 +50,8 @@ class DrafterSpec:
     mask_token_id: int | None = None
     capture_layers: tuple[int, ...] = ()  # zero-based; hidden state AFTER target layer k; order is fc's column order
     window: SlidingWindow | None = None
+    sliding: SlidingLayers | None = None  # of the window's layers, where heads and theta above are the full ones' alone
+    kv_head_counts: tuple[int, ...] = ()  # of each layer, where kv_head_count is the full ones' alone
     context_theta: float | None = None  # base for the context's keys where it differs from rope.theta (MiMo)
     attention_value_scale: float | None = None
     embedding_scale: float | None = None
@@ -74,6 +77,17 @@ class DrafterSpec:
     def layers(self) -> range:
         """The numbers of the drafter's layers."""
         return range(self.first_layer, self.first_layer + self.layer_count)
+
+    def of_layer(self, layer: int | None) -> DrafterSpec:
+        """The facts as they hold in one layer: a sliding one may have heads of its own, and turn them otherwise."""
+        if layer is None or layer not in self.layers or self.sliding is None or self.window is None:
+            return self
+        counted = layer - self.first_layer
+        kv_heads = self.kv_head_counts[counted] if self.kv_head_counts else self.kv_head_count
+        if not self.window.layers[counted]:
+            return replace(self, kv_head_count=kv_heads)
+        own = Rope(self.sliding.theta, self.sliding.dimensions)
+        return replace(self, head_dim=self.sliding.head_dim, kv_head_count=kv_heads, rope=own)
 
     @property
     def draft_length(self) -> int:
@@ -118,6 +132,17 @@ class DrafterSpec:
             ("rope", self.rope.dimensions <= self.head_dim, f"at most head_dim {self.head_dim} rotated dimensions"),
             ("context_theta", self.context_theta is None or self.context_theta > 0, "a theta above 0"),
             ("window", window_length == self.layer_count, f"one entry for each of {self.layer_count} layers"),
+            ("sliding.head_dim", self.sliding is None or self.window is not None, "none where no layer slides"),
+            (
+                "kv_head_counts",
+                len(self.kv_head_counts) in (0, self.layer_count),
+                f"one entry for each of {self.layer_count} layers",
+            ),
+            (
+                "kv_head_counts",
+                all(n > 0 and self.head_count % n == 0 for n in self.kv_head_counts),
+                f"divisors of head_count {self.head_count}",
+            ),
             ("draft_vocab_size", (self.draft_vocab_size or 1) <= self.vocab_size, f"at most {self.vocab_size}"),
             (
                 "linear_attention.layers",
@@ -152,6 +177,9 @@ OF_KIND: dict[str, frozenset[str]] = {
     "dflash2": _BLOCK | {"convolution.kernel_size", "convolution.group_size", "selector.rank", "selector.top_k"},
     "dspark": _BLOCK | {"markov_rank", "confidence_head", "sample_from_anchor"},
     "eagle3": frozenset({"capture_layers", "norm_before_residual", "norm_before_fc"}),
+    "gemma4-assistant": frozenset(
+        {"window.size", "window.layers", "sliding.head_dim", "sliding.theta", "sliding.dimensions"}
+    ),
     "mtp-qwen35": _LINEAR | {"rope.sections"},
     "mtp-qwen35moe": _LINEAR | {"rope.sections", *_EXPERTS},
     "mtp-qwen3next": _LINEAR.union(_EXPERTS),
@@ -168,6 +196,7 @@ _NESTED: dict[str, type] = {
     "rope.scaling": RopeScaling,
     "rope.llama3": Llama3Bands,
     "window": SlidingWindow,
+    "sliding": SlidingLayers,
     "convolution": Convolution,
     "selector": Selector,
     "linear_attention": LinearAttention,
@@ -236,6 +265,7 @@ __all__ = [
     "Rope",
     "RopeScaling",
     "Selector",
+    "SlidingLayers",
     "SlidingWindow",
     "facts_of",
     "required",
