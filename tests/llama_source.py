@@ -19,14 +19,15 @@ from pathlib import Path
 PROJECT = Path(__file__).parent.parent
 BUILD = PROJECT / "build"
 NEEDED = re.compile(r"[^/]+/llama\.cpp/(convert_hf_to_gguf\.py|conversion/|gguf-py/)")
-# Started in an interpreter of its own: llama.cpp's `gguf` is another one than ours. Two steps cannot work with the
-# pair's tokenizer and are put aside: naming it by a hash of what it says (a list of known vocabularies), and trying
-# SentencePiece first, which needs a package to find out that there is no tokenizer.model.
+# Started in an interpreter of its own: llama.cpp's `gguf` is another one than ours. Three steps cannot work with the
+# pair's tokenizer and are put aside: naming it by a hash of what it says (a list of known vocabularies), trying
+# SentencePiece first, which needs a package to find out that there is no tokenizer.model, and Gemma 4's own tokens.
 DRIVER = """
 import json, sys
 root, *jobs = json.load(sys.stdin)
 sys.path[:0] = [root, root + "/gguf-py"]
 from conversion.base import TextModel
+from conversion.gemma import Gemma4Model
 import convert_hf_to_gguf as converter
 
 def no_sentencepiece(self, add_to_gguf=True):
@@ -34,6 +35,7 @@ def no_sentencepiece(self, add_to_gguf=True):
 
 TextModel.get_vocab_base_pre = lambda self, tokenizer: "qwen2"
 TextModel._set_vocab_sentencepiece = no_sentencepiece
+Gemma4Model.set_vocab = TextModel._set_vocab_gpt2
 for job in jobs:
     sys.argv = ["convert_hf_to_gguf.py", *job]
     print(*sys.argv, file=sys.stderr, flush=True)

@@ -21,6 +21,7 @@ from convert_drafter.converters.spec import HEADS, DrafterSpec
 from convert_drafter.converters.target import Target
 from convert_drafter.converters.verify.in_torch.reference.dflash import DFlash
 from convert_drafter.converters.verify.in_torch.reference.eagle3 import Eagle3
+from convert_drafter.converters.verify.in_torch.reference.gemma4_assistant import Gemma4Assistant
 from convert_drafter.converters.verify.in_torch.reference.mtp import Mtp
 from convert_drafter.quant import STORED, dequantize
 
@@ -70,6 +71,7 @@ def parameter_names(spec: DrafterSpec) -> dict[TensorKey, str]:
 REFERENCES: Mapping[str, Callable[[DrafterSpec, Collection[Role]], nn.Module]] = {
     **dict.fromkeys(("dflash", "dflash2", "dspark"), DFlash),
     "eagle3": Eagle3,
+    "gemma4-assistant": Gemma4Assistant,
     **dict.fromkeys(HEADS, Mtp),
 }
 
