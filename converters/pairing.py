@@ -22,6 +22,7 @@ from convert_drafter.converters.gguf_read import GGUFFile
 from convert_drafter.converters.loader_keys import VOCAB_HASH
 from convert_drafter.converters.provenance import source_of
 from convert_drafter.converters.roles import Role
+from convert_drafter.converters.shared_cache import cache_misfits
 from convert_drafter.converters.spec import DrafterSpec
 from convert_drafter.converters.structure import ARCHITECTURE_NOTED, Survey, key_of
 from convert_drafter.converters.target import Target, read_target, target_tokenizer
@@ -48,6 +49,7 @@ def check_pairing(survey: Survey, target_path: Path) -> Gate:
     remarks = [
         *_widths(survey, target),
         *_captures(survey, target),
+        *map(Remark, () if survey.spec is None else cache_misfits(survey.spec, target)),
         *_vocabulary(survey, target_path, target),
         *_identity(survey.file, target_path, target),
         *_runtime(survey, target),

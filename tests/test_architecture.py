@@ -20,7 +20,7 @@ FLOORS = {
         *("config", "weight_files", "checkpoint", "gguf_file", "gguf_read", "pre_tokenizers", "tokenizer", "target"),
         *("importance", "encoding", "destination", "json_text", "packed", "quantized", "quantized_config", "experts"),
     ],
-    3: ["ops", "recipe_rules", "recipes", "type_choice", "plan", "provenance", "token_ids"],
+    3: ["ops", "shared_cache", "recipe_rules", "recipes", "type_choice", "plan", "provenance", "token_ids"],
     4: ["drafters", "dialects"],
     5: [
         *("convert", "attach", "launch", "inspection", "drafter_file", "quantize", "redialect", "verify"),

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import make_gemma4_assistant
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType, GGUFValueType
 from published import DELETE, changed, published_config
 from safetensors.numpy import load_file, save_file
 
-from convert_drafter.converters import ConvertJob, convert
+from convert_drafter.converters import ConvertJob, QuantizeJob, convert, doctor, inspect, quantize
 from convert_drafter.converters.convert import prepare, read_published
 from convert_drafter.converters.errors import DrafterError, Problems, WrongInput
+from convert_drafter.converters.gguf_file import KeyValue, StoredTensor, write_gguf
 from convert_drafter.converters.gguf_read import read_gguf
 from convert_drafter.converters.spec import Rope, SlidingLayers, SlidingWindow
+from convert_drafter.converters.target import CachedLayer, read_target
+from convert_drafter.converters.verdict import Outcome
 
 FULL, SLIDING = (f"text_config.rope_parameters.{name}_attention" for name in ("full", "sliding"))
 
@@ -206,3 +211,155 @@ def test_tensors_that_do_not_fit_are_named(
     with pytest.raises(DrafterError) as caught:
         prepare(job(renamed(spoil, tmp_path / "assistant"), target, tmp_path / "out.gguf"))
     assert said in str(caught.value)
+
+
+# --- a file, and what can be wrong with it ---
+
+
+def rewritten(file: Path, out: Path, drop: str = "", **values: Any) -> Path:
+    """The file without a tensor, or with other values under keys of its architecture; None takes a key away."""
+    source = read_gguf(file)
+    keys = dict(source.keys)
+    for name, value in values.items():
+        key = f"gemma4-assistant.{name.replace('__', '.')}"
+        keys[key] = replace(keys[key], value=value)
+        if value is None:
+            del keys[key]
+    kept = [tensor for tensor in source.tensors.values() if tensor.name != drop]
+    write_gguf(out, list(keys.values()), kept, lambda tensor: source.slabs(tensor.name))
+    return out
+
+
+@pytest.fixture(scope="module")
+def file(target: Path) -> Path:
+    out = target.parent / "assistant.gguf"
+    convert(job(make_gemma4_assistant.assistant(target.parent / "assistant"), target, out))
+    return out
+
+
+def findings(file: Path, target: Path, with_source: bool = True) -> str:
+    source = target.parent / "assistant" if with_source else None
+    bad = [gate for gate in doctor(file, target, source) if gate.outcome is Outcome.FAIL]
+    return "\n".join(line for gate in bad for line in gate.details)
+
+
+def test_a_sound_file_has_no_findings(file: Path, target: Path, tmp_path: Path) -> None:
+    assert findings(file, target) == ""
+    small = tmp_path / "small.gguf"
+    quantize(QuantizeJob(file, small, "Q4_K_M-drafter", allow_requantize=True))
+    assert findings(small, target) == ""
+    inspection = inspect(file)
+    assert inspection.kind == "gemma4-assistant" and inspection.runtimes == {"llama.cpp": ""}
+
+
+@pytest.mark.parametrize(
+    ("drop", "change", "said"),
+    [
+        ("", {"rope__freq_base_swa": None}, "freq_base_swa: missing, expected sliding.theta; llama.cpp takes 10000"),
+        ("", {"rope__freq_base": None}, "rope.freq_base: missing, expected rope.theta; llama.cpp takes 10000"),
+        ("", {"rope__dimension_count_swa": None}, "rope.dimension_count_swa: missing, expected sliding.dimensions"),
+        ("", {"attention__sliding_window": None}, "attention.sliding_window: missing, expected window.size"),
+        ("", {"attention__sliding_window_pattern": None}, "attention.sliding_window_pattern: missing"),
+        ("", {"attention__key_length_swa": None}, "attention.key_length_swa: missing"),
+        ("", {"embedding_length_out": None}, "embedding_length_out: missing, expected target_hidden_size"),
+        ("", {"embedding_length_out": 64}, "target_hidden_size: llama.cpp takes an assistant that is as wide"),
+        ("", {"embedding_length_out": 128}, "nextn.post_projection.weight: found shape [96, 64], expected [128, 64]"),
+        ("", {"attention__key_length_swa": 16}, "length_swa: found 32, but another key says sliding.head_dim = 16"),
+        ("", {"attention__shared_kv_layers": 2}, "shared_kv_layers: found 2, but another key says layer_count = 3"),
+        ("rope_freqs.weight", {}, "rope_freqs.weight: missing (ROPE_FACTORS)"),
+        ("blk.1.layer_output_scale.weight", {}, "blk.1.layer_output_scale.weight: missing (LAYER_SCALE of layer 1)"),
+        ("nextn.pre_projection.weight", {}, "nextn.pre_projection.weight: missing (NEXTN_PRE_PROJ)"),
+    ],
+    ids=lambda value: value.split(":")[0] if isinstance(value, str) else next(iter(value), "dropped"),
+)  # fmt: skip
+def test_faults_that_the_file_shows(
+    drop: str, change: dict[str, Any], said: str, file: Path, target: Path, tmp_path: Path
+) -> None:
+    assert said in findings(rewritten(file, tmp_path / "spoilt.gguf", drop, **change), target, with_source=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"rope__freq_base_swa": 1e6}, "rope.freq_base_swa: found 1000000.0, the checkpoint has 10000.0"),
+        ({"rope__freq_base": 1e4}, "rope.freq_base: found 10000.0, the checkpoint has 1000000.0"),
+        ({"attention__sliding_window": 8}, "attention.sliding_window: found 8, the checkpoint has 48"),
+        ({"attention__head_count_kv": (1, 1, 1)}, "head_count_kv: found (1, 1, 1), the checkpoint has (2, 2, 1)"),
+        ({"rope__dimension_count_swa": 16}, "rope.dimension_count_swa: found 16, the checkpoint has 32"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+)  # fmt: skip
+def test_faults_that_the_checkpoint_shows(
+    change: dict[str, Any], said: str, file: Path, target: Path, tmp_path: Path
+) -> None:
+    assert said in findings(rewritten(file, tmp_path / "spoilt.gguf", **change), target)
+
+
+def test_factors_that_turn_whole_heads_are_found(file: Path, target: Path, tmp_path: Path) -> None:
+    source, out = read_gguf(file), tmp_path / "spoilt.gguf"
+
+    def data(tensor: Any) -> Any:
+        whole = tensor.name == "rope_freqs.weight"
+        return [np.ones(32, np.float32)] if whole else source.slabs(tensor.name)
+
+    write_gguf(out, list(source.keys.values()), list(source.tensors.values()), data)
+    assert "rope_freqs.weight (F32): 24 of 32 weights are not the checkpoint's" in findings(out, target)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"head_dim": 16}, "head_dim of sliding layers: the drafter has 32, the target"),
+        ({"global_head_dim": 32}, "head_dim of full layers: the drafter has 64, the target"),
+        ({"num_key_value_heads": 4}, "kv_head_count of sliding layers: the drafter has 2, the target"),
+        ({"num_global_key_value_heads": 2}, "kv_head_count of full layers: the drafter has 1, the target"),
+        ({"sliding_window": 64}, "window of sliding layers: the drafter has 48, the target"),
+        (
+            {"rope_parameters": make_gemma4_assistant.text_config()["rope_parameters"] | {
+                "sliding_attention": {"rope_theta": 1e6, "rope_type": "default"}}},
+            "theta of sliding layers: the drafter has 10000, the target",
+        ),
+        (
+            {"layer_types": ["sliding_attention", "full_attention"] * 3 + ["full_attention"] * 2},
+            "ends with full and full layers, an assistant looks at sliding and full",
+        ),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+)  # fmt: skip
+def test_a_target_whose_cache_is_another_one(
+    change: dict[str, Any], said: str, file: Path, target: Path, tmp_path: Path
+) -> None:
+    """What llama.cpp never asks: it reads the target's memory with the assistant's widths."""
+    other = make_gemma4_assistant.target(tmp_path / "target", **change)
+    assert said in findings(file, other, with_source=False)
+    with pytest.raises(Problems) as caught:
+        prepare(job(target.parent / "assistant", other, tmp_path / "out.gguf"))
+    assert said in str(caught.value)
+
+
+def test_a_target_s_last_layers_are_read_alike_from_config_and_gguf(target: Path, tmp_path: Path) -> None:
+    of_folder = read_target(target).last_layers
+    assert of_folder == (CachedLayer(32, 2, 1e4, 48), CachedLayer(64, 1, 1e6, None))
+    newer = json.loads((target / "config.json").read_text())
+    del newer["global_head_dim"], newer["num_global_key_value_heads"]
+    newer["per_layer_config"] = {"7": {"head_dim": 64, "num_key_value_heads": 1}}
+    (tmp_path / "config.json").write_text(json.dumps(newer))
+    assert read_target(tmp_path).last_layers == of_folder
+    u32, f32, array = GGUFValueType.UINT32, GGUFValueType.FLOAT32, GGUFValueType.ARRAY
+    slides = tuple(kind == "sliding_attention" for kind in newer["layer_types"])
+    keys = [
+        KeyValue("general.architecture", GGUFValueType.STRING, "gemma4"),
+        KeyValue("gemma4.block_count", u32, 8),
+        KeyValue("gemma4.embedding_length", u32, 96),
+        KeyValue("gemma4.vocab_size", u32, 2048),
+        KeyValue("gemma4.attention.sliding_window", u32, 48),
+        KeyValue("gemma4.attention.sliding_window_pattern", array, slides, GGUFValueType.BOOL),
+        KeyValue("gemma4.attention.key_length", u32, 64),
+        KeyValue("gemma4.attention.key_length_swa", u32, 32),
+        KeyValue("gemma4.attention.head_count_kv", array, tuple(2 - (not s) for s in slides), GGUFValueType.INT32),
+        KeyValue("gemma4.rope.freq_base", f32, 1e6),
+        KeyValue("gemma4.rope.freq_base_swa", f32, 1e4),
+    ]
+    norm = StoredTensor("output_norm.weight", (96,), GGMLQuantizationType.F32)
+    write_gguf(tmp_path / "target.gguf", keys, [norm], lambda tensor: [np.ones(96, np.float32)])
+    assert read_target(tmp_path / "target.gguf").last_layers == of_folder

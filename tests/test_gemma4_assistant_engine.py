@@ -13,11 +13,11 @@ from llama_server import llama_server
 from llama_source import run_converter
 from published import FIXTURES
 from test_against_llama_cpp import RECIPES, differences, facts_of_file, listed_for, verdict
+from test_gemma4_assistant import rewritten
 from test_mtp_engine import DRAFTING, PROMPTS, Answers, ask, walk
 from test_quantize_engine import assert_same_file, llama_quantize
 
 from convert_drafter.converters import ConvertJob, QuantizeJob, convert, quantize
-from convert_drafter.converters.gguf_file import write_gguf
 from convert_drafter.converters.gguf_read import read_gguf
 
 pytestmark = pytest.mark.engine
@@ -157,18 +157,6 @@ def test_texts_are_the_target_s_own(name: str, theirs: Path, folder: Path, answe
 
 
 # --- what a fault costs ---
-
-
-def rewritten(file: Path, out: Path, drop: str = "", **values: Any) -> Path:
-    """The file without a tensor or with other values under keys of its architecture."""
-    source = read_gguf(file)
-    keys = dict(source.keys)
-    for name, value in values.items():
-        key = f"gemma4-assistant.{name.replace('__', '.')}"
-        keys[key] = type(keys[key])(key, keys[key].type, value, keys[key].element)
-    kept = [tensor for tensor in source.tensors.values() if tensor.name != drop]
-    write_gguf(out, list(keys.values()), kept, lambda tensor: source.slabs(tensor.name))
-    return out
 
 
 @pytest.mark.parametrize(
