@@ -13,22 +13,35 @@ from convert_drafter.converters.spec import DrafterSpec
 from convert_drafter.converters.target import CachedLayer, Target
 
 TYPES = ("sliding", "full")
+WIDTHS = ("head_dim", "kv_head_count")
+BEHAVIOUR = ("theta", "window")
 
 
 def cache_misfits(spec: DrafterSpec, target: Target) -> Iterator[str]:
-    """What differs, one line each; nothing where the drafter has a cache of its own or the target's is not told."""
-    if spec.sliding is None or spec.window is None or target.last_layers is None:
+    """Why the target's cache cannot be read, one line each; nothing where the drafter has one of its own."""
+    if spec.sliding is None or target.last_layers is None:
         return
     slides = tuple(layer.window is not None for layer in target.last_layers)
     if slides != (True, False):
         found = " and ".join(TYPES[not one] for one in slides)
         yield f"layer_types: the target {target.name} ends with {found} layers, an assistant looks at sliding and full"
+    else:
+        yield from _differing(spec, target, WIDTHS)
+
+
+def cache_doubts(spec: DrafterSpec, target: Target) -> Iterator[str]:
+    """In what it is read otherwise than the target does itself: one of the two is wrong."""
+    yield from _differing(spec, target, BEHAVIOUR)
+
+
+def _differing(spec: DrafterSpec, target: Target, names: tuple[str, ...]) -> Iterator[str]:
+    if spec.sliding is None or spec.window is None or target.last_layers is None:
         return
     for i, theirs in enumerate(target.last_layers):
         ours = as_cached(spec, spec.window.layers.index(i == 0))
-        for name in ("head_dim", "kv_head_count", "theta", "window"):
+        for name in names:
             one, other = getattr(ours, name), getattr(theirs, name)
-            if other is not None and not math.isclose(one, other, rel_tol=1e-6):  # a theta is one of 32 bits
+            if None not in (one, other) and not math.isclose(one, other, rel_tol=1e-6):  # a theta is one of 32 bits
                 what = f"{name} of {TYPES[i]} layers: the drafter has {one:.10g}"
                 yield f"{what}, the target {target.name}, whose keys and values it looks at, {other:.10g}"
 

@@ -313,12 +313,6 @@ def test_factors_that_turn_whole_heads_are_found(file: Path, target: Path, tmp_p
         ({"global_head_dim": 32}, "head_dim of full layers: the drafter has 64, the target"),
         ({"num_key_value_heads": 4}, "kv_head_count of sliding layers: the drafter has 2, the target"),
         ({"num_global_key_value_heads": 2}, "kv_head_count of full layers: the drafter has 1, the target"),
-        ({"sliding_window": 64}, "window of sliding layers: the drafter has 48, the target"),
-        (
-            {"rope_parameters": make_gemma4_assistant.text_config()["rope_parameters"] | {
-                "sliding_attention": {"rope_theta": 1e6, "rope_type": "default"}}},
-            "theta of sliding layers: the drafter has 10000, the target",
-        ),
         (
             {"layer_types": ["sliding_attention", "full_attention"] * 3 + ["full_attention"] * 2},
             "ends with full and full layers, an assistant looks at sliding and full",
@@ -335,6 +329,34 @@ def test_a_target_whose_cache_is_another_one(
     with pytest.raises(Problems) as caught:
         prepare(job(target.parent / "assistant", other, tmp_path / "out.gguf"))
     assert said in str(caught.value)
+
+
+ROPE = make_gemma4_assistant.text_config()["rope_parameters"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"sliding_window": 64}, "window of sliding layers: the drafter has 48, the target"),
+        (
+            {"rope_parameters": {**ROPE, "sliding_attention": {"rope_theta": 1e6, "rope_type": "default"}}},
+            "theta of sliding layers: the drafter has 10000, the target",
+        ),
+        (
+            {"rope_parameters": {**ROPE, "full_attention": {**ROPE["full_attention"], "rope_theta": 5e5}}},
+            "theta of full layers: the drafter has 1000000, the target",
+        ),
+    ],
+    ids=["window", "sliding theta", "full theta"],
+)
+def test_a_target_that_turns_or_sees_its_keys_otherwise_is_doubtful(
+    change: dict[str, Any], said: str, file: Path, target: Path, tmp_path: Path
+) -> None:
+    other = make_gemma4_assistant.target(tmp_path / "target", **change)
+    gate = next(gate for gate in doctor(file, other) if gate.name == "pairing")
+    assert gate.outcome is Outcome.UNDECIDED and any(said in line for line in gate.details)
+    warnings = prepare(job(target.parent / "assistant", other, tmp_path / "out.gguf")).warnings
+    assert any(said in warning for warning in warnings)
 
 
 def test_a_target_s_last_layers_are_read_alike_from_config_and_gguf(target: Path, tmp_path: Path) -> None:

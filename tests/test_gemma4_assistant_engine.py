@@ -19,6 +19,7 @@ from test_quantize_engine import assert_same_file, llama_quantize
 
 from convert_drafter.converters import ConvertJob, QuantizeJob, convert, quantize
 from convert_drafter.converters.gguf_read import read_gguf
+from convert_drafter.converters.verdict import Outcome
 
 pytestmark = pytest.mark.engine
 torch = pytest.importorskip("torch")
@@ -27,7 +28,10 @@ pytest.importorskip("transformers", minversion="5.5")
 from convert_drafter.converters.verify.in_torch.target import TorchTarget  # noqa: E402
 from convert_drafter.converters.verify.in_torch.text import captures_of  # noqa: E402
 from convert_drafter.converters.verify.in_torch.weights import gguf_weights, reference  # noqa: E402
+from convert_drafter.converters.verify.job import VerifyJob  # noqa: E402
+from convert_drafter.converters.verify.verify import verify  # noqa: E402
 
+PROMPT_FILE = FIXTURES / "pair" / "prompts.jsonl"
 GOLDEN = FIXTURES / "dialects" / "llama.cpp-gemma4-assistant-differences.json"
 # What an assistant and its target are made of beside the fixture's own: as 26B-A4B is, and as E2B is.
 PLAIN: dict[str, Any] = {"attention_k_eq_v": False, "num_global_key_value_heads": None}
@@ -200,3 +204,23 @@ def test_what_does_not_load(
         llama_server(theirs / "heads-target-F32.gguf", "-md", str(spoilt), *DRAFTING, log=tmp_path / "spoilt.log"),
     ):
         raise RuntimeError("it came up")
+
+
+def test_verify_names_a_lost_theta(folder: Path, files: dict[str, Path], tmp_path: Path) -> None:
+    """Random drafts are never accepted, but they are others than the original's."""
+    spoilt = rewritten(files["heads"], tmp_path / "spoilt.gguf", rope__freq_base_swa=1e6)
+    source, target = folder / "heads" / "assistant", folder / "heads" / "target"
+    shape = {"prompts": PROMPT_FILE, "max_prompts": 1, "new_tokens": 12, "contexts": (24,), "diagnose": True}
+    found = verify(VerifyJob(spoilt, (target,), source=source, **shape))
+    gates = {gate.name: gate.outcome for gate in found.gates}
+    assert gates["structure"] is gates["same drafts"] is Outcome.FAIL and gates["lossless"] is Outcome.PASS
+    assert found.diagnosis is not None and found.diagnosis.found is not None
+    assert found.diagnosis.found.name == "sliding.theta: 1000000 -> 10000, as the source has it"
+
+
+def test_verify_in_llama_cpp(folder: Path, theirs: Path, files: dict[str, Path]) -> None:
+    shape = {"prompts": PROMPT_FILE, "max_prompts": 1, "new_tokens": 12, "contexts": (24,)}
+    source, target = folder / "heads" / "assistant", theirs / "heads-target-F32.gguf"
+    found = verify(VerifyJob(files["heads"], (target,), source=source, **shape))
+    gates = {gate.name: gate.outcome for gate in found.gates}
+    assert gates["structure"] is gates["pairing"] is gates["lossless"] is Outcome.PASS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ transformers = pytest.importorskip("transformers", minversion="5.5")
 from transformers import Gemma4TextConfig  # noqa: E402
 from transformers.models.gemma4_assistant import Gemma4AssistantForCausalLM  # noqa: E402
 
+from convert_drafter.converters.verify.diagnosis.explanations import explanations  # noqa: E402
+from convert_drafter.converters.verify.diagnosis.view import Hints, View  # noqa: E402
 from convert_drafter.converters.verify.in_torch.drafter import TorchDrafter  # noqa: E402
 from convert_drafter.converters.verify.in_torch.reference.gemma4_assistant import Context  # noqa: E402
 from convert_drafter.converters.verify.in_torch.target import TorchTarget  # noqa: E402
@@ -208,3 +211,23 @@ def test_an_assistant_of_another_width_does_not_fit(target: TorchTarget, tmp_pat
     other = assistant(make_gemma4_assistant.assistant(tmp_path / "assistant", backbone=128), wide)
     with pytest.raises(Problems, match="target_hidden_size: found 128, expected the target's 96"):
         TorchDrafter(other, target)
+
+
+def test_what_may_be_wrong_is_tried_on_an_assistant_too(folder: Path) -> None:
+    """Layers have heads of two widths: what is made of it has to fit each of them."""
+    published = read_published(folder / "assistant", folder / "target")
+    spec, weights = published.spec, checkpoint_weights(published)
+    assert spec.sliding is not None and spec.window is not None
+    original = View(spec, weights, captures_of(spec))
+    spoilt = replace(spec, sliding=replace(spec.sliding, theta=1e6), window=replace(spec.window, size=8))
+    found = list(explanations(replace(original, spec=spoilt), Hints(original=original)))
+    for explanation in found:
+        reference(explanation.view.spec, explanation.view.weights)  # every shape is the reference's
+    names = {explanation.name for explanation in found}
+    assert "sliding.theta: 1000000 -> 10000, as the source has it" in names
+    assert "window.size: 8 -> 48, as the source has it" in names
+    assert "sliding.theta and window.size: 1000000 -> 10000, 8 -> 48, as the source has it" in names or any(
+        "sliding.theta and window" in name for name in names
+    )
+    assert {"NEXTN_PRE_PROJ: embedding and state exchanged", "RoPE rows of q and k: pairs -> halves"} <= names
+    assert not any(name.startswith(("layers:", "rope.dimensions", "window.layers")) for name in names)
