@@ -180,6 +180,14 @@ def test_a_context_grown_in_pieces_is_the_whole(drafter: Any, target: TorchTarge
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_keys_of_other_heads_are_refused(drafter: Any, target: TorchTarget) -> None:
+    """96 of a state, and twice 2 * 32 and 1 * 64 of keys and values."""
+    with pytest.raises(
+        WrongInput, match=r"found 224 columns .*, expected 352: its heads are of another width or number"
+    ):
+        drafter.read(None, torch.zeros(3, 224), [1, 2, 3], target.tables)
+
+
 def test_drafts_follow_what_they_are_told(drafter: Any, target: TorchTarget) -> None:
     context = read(drafter, target, PROMPTS[2][:50])
     free = drafter.draft(context, 7, DRAFTS, target.tables)
@@ -226,8 +234,6 @@ def test_what_may_be_wrong_is_tried_on_an_assistant_too(folder: Path) -> None:
     names = {explanation.name for explanation in found}
     assert "sliding.theta: 1000000 -> 10000, as the source has it" in names
     assert "window.size: 8 -> 48, as the source has it" in names
-    assert "sliding.theta and window.size: 1000000 -> 10000, 8 -> 48, as the source has it" in names or any(
-        "sliding.theta and window" in name for name in names
-    )
+    assert any(name.startswith("sliding.theta and window.size: ") for name in names)
     assert {"NEXTN_PRE_PROJ: embedding and state exchanged", "RoPE rows of q and k: pairs -> halves"} <= names
     assert not any(name.startswith(("layers:", "rope.dimensions", "window.layers")) for name in names)

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from convert_drafter.converters.errors import WrongInput
 from convert_drafter.converters.roles import Role
 from convert_drafter.converters.spec import DrafterSpec
 from convert_drafter.converters.verify.in_torch.reference.dflash import RMSNorm
@@ -128,10 +129,16 @@ class Gemma4Assistant(nn.Module):
     # --- ReferenceDrafter ---
 
     def read(self, context: Context | None, captured: Tensor, tokens: Sequence[int], tables: Tables) -> Context:
-        """`captured` (n, W + 2 * m * d + 2 * m * d): final states, keys and values of a sliding and of a full layer."""
+        """`captured` (n, W + 2 * m * d + 2 * m * d): final states, keys and values of a sliding and of a full layer.
+
+        Raises `WrongInput` for those of another target.
+        """
         layers = [self.spec.of_layer(self._first(slides)) for slides in (True, False)]
         widths = [self.spec.target_hidden_size]
         widths += [layer.kv_head_count * layer.head_dim for layer in layers for _ in ("keys", "values")]
+        if captured.shape[-1] != sum(widths):
+            found = f"found {captured.shape[-1]} columns of its state, keys and values"
+            raise WrongInput(f"the target: {found}, expected {sum(widths)}: its heads are of another width or number")
         states, *parts = captured.split(widths, dim=-1)
         heads = [layer.kv_head_count for layer in layers for _ in ("keys", "values")]
         each = [part.unflatten(-1, (count, -1)).transpose(0, 1) for part, count in zip(parts, heads, strict=True)]
