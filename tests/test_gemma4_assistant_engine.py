@@ -210,7 +210,14 @@ def test_verify_names_a_lost_theta(folder: Path, files: dict[str, Path], tmp_pat
     """Random drafts are never accepted, but they are others than the original's."""
     spoilt = rewritten(files["heads"], tmp_path / "spoilt.gguf", rope__freq_base_swa=1e6)
     source, target = folder / "heads" / "assistant", folder / "heads" / "target"
-    shape = {"prompts": PROMPT_FILE, "max_prompts": 1, "new_tokens": 12, "contexts": (24,), "diagnose": True}
+    shape = {
+        "prompts": PROMPT_FILE,
+        "max_prompts": 1,
+        "new_tokens": 12,
+        "contexts": (24,),
+        "threads": 1,
+        "diagnose": True,
+    }
     found = verify(VerifyJob(spoilt, (target,), source=source, **shape))
     gates = {gate.name: gate.outcome for gate in found.gates}
     assert gates["structure"] is gates["same drafts"] is Outcome.FAIL and gates["lossless"] is Outcome.PASS
@@ -219,7 +226,7 @@ def test_verify_names_a_lost_theta(folder: Path, files: dict[str, Path], tmp_pat
 
 
 def test_verify_in_llama_cpp(folder: Path, theirs: Path, files: dict[str, Path]) -> None:
-    shape = {"prompts": PROMPT_FILE, "max_prompts": 1, "new_tokens": 12, "contexts": (24,)}
+    shape = {"prompts": PROMPT_FILE, "max_prompts": 1, "new_tokens": 12, "contexts": (24,), "threads": 1}
     source, target = folder / "heads" / "assistant", theirs / "heads-target-F32.gguf"
     found = verify(VerifyJob(files["heads"], (target,), source=source, **shape))
     gates = {gate.name: gate.outcome for gate in found.gates}
