@@ -33,6 +33,7 @@ from convert_drafter.converters.plan import Dropped, Matcher, Plan, PlannedTenso
 from convert_drafter.converters.quantized import expand
 from convert_drafter.converters.recipes import RECIPES, Recipe
 from convert_drafter.converters.roles import role_name
+from convert_drafter.converters.shared_cache import cache_doubts, cache_misfits
 from convert_drafter.converters.spec import DrafterSpec
 from convert_drafter.converters.target import Target, read_target, target_tokenizer
 from convert_drafter.converters.token_ids import ids_of_checkpoint
@@ -175,6 +176,7 @@ def prepare(job: ConvertJob) -> Conversion:
         *(f"{reader.where}: {path}: nobody reads this key" for path in reader.unread()),
         *(f"{path}: the index does not name it, so it is not read" for path in checkpoint.unused),
         *doubts(cell, spec, architecture),
+        *(cache_doubts(spec, target) if target else ()),
         *mask_doubt(spec, tokenizer),
         *without_entry(importance, ((role_name(t.key), t.shape, t.choice.type) for t in plan.tensors)),
     )
@@ -269,6 +271,8 @@ def tokenizer_for(cell: Cell, target: Path | None, spec: DrafterSpec) -> Tokeniz
 
 
 def _mispairing(spec: DrafterSpec, target: Target | None) -> Iterator[str]:
+    if target is not None:
+        yield from cache_misfits(spec, target)
     if target is not None and target.vocab_size != spec.vocab_size:
         yield (
             f"vocab_size: the drafter has {spec.vocab_size}, the target {target.name} has {target.vocab_size};"

@@ -25,6 +25,8 @@ DIMENSIONS: dict[str, Callable[[DrafterSpec], int]] = {
     "shared_feed_forward": lambda s: _part(_part(s.experts).shared_feed_forward_size),
     "queries and gates": lambda s: 2 * s.head_count * s.head_dim,
     "embedding and state": lambda s: 2 * s.hidden_size,
+    "target_hidden": lambda s: s.target_hidden_size,
+    "target's embedding and state": lambda s: 2 * s.target_hidden_size,
     "query_rank": lambda s: _part(_part(s.latent_attention).query_rank),
     "kv_rank": lambda s: _part(s.latent_attention).kv_rank,
     "kv_rank and rotated": lambda s: _part(s.latent_attention).kv_rank + s.rope.dimensions,

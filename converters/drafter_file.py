@@ -257,7 +257,7 @@ def place_tensors(file: GGUFFile, cell: Cell, spec: DrafterSpec) -> tuple[dict[T
         key, rule = known[stored.name]
         if key in found:
             problems.append(f"{stored.name}: {describe(key)} is there twice, also as {found[key].name}")
-        elif stored.shape != (shape := rule.expected_shape(spec)):
+        elif stored.shape != (shape := rule.expected_shape(spec, key[1])):
             widths = ", ".join(rule.shape)
             problems.append(f"{stored.name}: found shape {list(stored.shape)}, expected {list(shape)} ({widths})")
         found.setdefault(key, stored)

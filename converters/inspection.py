@@ -138,13 +138,14 @@ def _faults(cell: Cell, file: GGUFFile, facts: Mapping[str, Any]) -> list[str]:
 
 def _tensor_faults(cell: Cell, spec: DrafterSpec, file: GGUFFile) -> list[str]:
     rules = [rule for rule in rules_of(cell.kind) if rule.exists(spec)]
-    known = {cell.tensor_name(key): rule for rule in rules for key in rule.keys(spec)}
-    absent = [f"{name}: missing" for name, rule in known.items() if rule.needed(spec) and name not in file.tensors]
+    known = {cell.tensor_name(key): (rule, key) for rule in rules for key in rule.keys(spec)}
+    absent = [f"{name}: missing" for name, (rule, _) in known.items() if rule.needed(spec) and name not in file.tensors]
     unknown = [f"{name}: unknown tensor" for name in file.tensors if name not in known]
+    shapes = {name: rule.expected_shape(spec, layer) for name, (rule, (_, layer)) in known.items()}
     misshaped = [
-        f"{name}: found shape {list(stored.shape)}, expected {list(known[name].expected_shape(spec))}"
+        f"{name}: found shape {list(stored.shape)}, expected {list(shapes[name])}"
         for name, stored in file.tensors.items()
-        if name in known and stored.shape != known[name].expected_shape(spec)
+        if name in known and stored.shape != shapes[name]
     ]
     return [*absent, *unknown, *misshaped]
 

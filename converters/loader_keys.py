@@ -28,7 +28,7 @@ NONE: Known = (T.UINT32, (0,))
 ONLY: dict[str, dict[str, Known]] = {
     "llama.cpp": {
         "hidden_activation": (T.STRING, ("silu",)),
-        "nextn_predict_layers": NONE, "hyper_connection.count": NONE,
+        "embedding_length_per_layer_input": NONE, "nextn_predict_layers": NONE, "hyper_connection.count": NONE,
         "expert_count": NONE, "expert_used_count": NONE, "expert_group_count": NONE, "expert_group_used_count": NONE,
         "conv_kernel_size": NONE, "conv_group_size": NONE, "selector_rank": NONE, "selector_top_k": NONE,
         "pooling_type": NONE, "classifier.pooling_type": NONE,

@@ -22,6 +22,7 @@ from convert_drafter.converters.gguf_read import GGUFFile
 from convert_drafter.converters.loader_keys import VOCAB_HASH
 from convert_drafter.converters.provenance import source_of
 from convert_drafter.converters.roles import Role
+from convert_drafter.converters.shared_cache import cache_doubts, cache_misfits
 from convert_drafter.converters.spec import DrafterSpec
 from convert_drafter.converters.structure import ARCHITECTURE_NOTED, Survey, key_of
 from convert_drafter.converters.target import Target, read_target, target_tokenizer
@@ -48,6 +49,7 @@ def check_pairing(survey: Survey, target_path: Path) -> Gate:
     remarks = [
         *_widths(survey, target),
         *_captures(survey, target),
+        *_cache(survey.spec, target),
         *_vocabulary(survey, target_path, target),
         *_identity(survey.file, target_path, target),
         *_runtime(survey, target),
@@ -104,6 +106,12 @@ def _captures(survey: Survey, target: Target) -> Iterator[Remark]:
     if mask is not None and not 0 <= mask < target.vocab_size:
         rows = f"has {target.vocab_size} rows in its embedding"
         yield Remark(_both("mask_token_id", key_of(file, cell, "mask_token_id"), mask, target.name, rows))
+
+
+def _cache(spec: DrafterSpec | None, target: Target) -> Iterator[Remark]:
+    if spec is not None:
+        yield from (Remark(text) for text in cache_misfits(spec, target))
+        yield from (Remark(text, Outcome.UNDECIDED) for text in cache_doubts(spec, target))
 
 
 # --- vocabulary ---

@@ -54,8 +54,8 @@ class TensorRule:
     def needed(self, spec: DrafterSpec) -> bool:
         return not self.optional if self.needed_for is None else getattr(spec, self.needed_for) is not None
 
-    def expected_shape(self, spec: DrafterSpec) -> tuple[int, ...]:
-        return tuple(DIMENSIONS[name](spec) for name in self.shape)
+    def expected_shape(self, spec: DrafterSpec, layer: int | None = None) -> tuple[int, ...]:
+        return tuple(DIMENSIONS[name](spec.of_layer(layer)) for name in self.shape)
 
     def keys(self, spec: DrafterSpec) -> Iterator[TensorKey]:
         """The tensors of this rule: one for each layer, or the one that the drafter has once."""
@@ -162,7 +162,7 @@ class Matcher:
         self.problems.append(f"{name}: unknown tensor {list(header.shape)}; leave it out with {leave_out(name)}")
 
     def _use(self, name: str, match: Match) -> None:
-        key, shape = match.key, match.rule.expected_shape(self.spec)
+        key, shape = match.key, match.rule.expected_shape(self.spec, match.key[1])
         if key in self.matches:
             self.problems.append(f"{name}: {describe(key)} is there twice, also as {self.matches[key].header.name}")
         elif key[1] is not None and key[1] not in self.spec.layers:
@@ -234,16 +234,10 @@ def plan_tensors(
     matcher.problems += unplaced(sources, names, runtime, needs or {})
     matches = [matcher.matches[key] for key in named]
     choices = _choose(recipe, matches, matcher, options)
+    ops = transforms or {}
     planned = (
-        PlannedTensor(
-            match.key,
-            match.header,
-            then(match.rule.op, (transforms or {}).get(match.key[0], COPY)),
-            named[match.key],
-            match.header.shape,
-            choice,
-        )
-        for match, choice in zip(matches, choices, strict=True)
+        PlannedTensor(m.key, m.header, then(m.rule.op, ops.get(m.key[0], COPY)), named[m.key], m.header.shape, choice)
+        for m, choice in zip(matches, choices, strict=True)
     )
     return Plan(tuple(planned), tuple(matcher.dropped))
 

@@ -26,6 +26,7 @@ class Role(Enum):
     ATTN_K_BIAS = "blk.{i}.attn_k.bias"
     ATTN_V_BIAS = "blk.{i}.attn_v.bias"
     ATTN_OUTPUT_BIAS = "blk.{i}.attn_output.bias"
+    ATTN_POST_NORM = "blk.{i}.post_attention_norm.weight"  # of what goes into the residual
     ATTN_Q_NORM = "blk.{i}.attn_q_norm.weight"
     ATTN_K_NORM = "blk.{i}.attn_k_norm.weight"
     ATTN_CONV_BASE = "blk.{i}.attn_conv_base"
@@ -46,6 +47,8 @@ class Role(Enum):
     ATTN_QKV = "blk.{i}.attn_qkv.weight"  # queries, keys and values in one
     ATTN_GATE = "blk.{i}.attn_gate.weight"  # a number for each head, which weighs its output
     FFN_NORM = "blk.{i}.ffn_norm.weight"
+    FFN_POST_NORM = "blk.{i}.post_ffw_norm.weight"
+    LAYER_SCALE = "blk.{i}.layer_output_scale.weight"  # one number
     FFN_GATE = "blk.{i}.ffn_gate.weight"
     FFN_UP = "blk.{i}.ffn_up.weight"
     FFN_DOWN = "blk.{i}.ffn_down.weight"
@@ -68,6 +71,8 @@ class Role(Enum):
     NEXTN_OUTPUT_NORM = "blk.{i}.nextn.shared_head_norm.weight"
     NEXTN_EMBEDDING = "blk.{i}.nextn.embed_tokens.weight"  # in place of the target's
     NEXTN_OUTPUT = "blk.{i}.nextn.shared_head_head.weight"  # in place of the target's output head
+    NEXTN_PRE_PROJ = "nextn.pre_projection.weight"  # the target's embedding beside its state -> what the layers read
+    NEXTN_POST_PROJ = "nextn.post_projection.weight"  # the drafter's own state -> one of the target's width
     MARKOV_IN = "markov_w1.weight"  # a row for each token that may go before
     MARKOV_OUT = "markov_w2.weight"
     CONFIDENCE = "conf_proj.weight"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
 
 from convert_drafter.converters.errors import BadFact
@@ -22,6 +22,7 @@ from convert_drafter.converters.spec_parts import (
     Rope,
     RopeScaling,
     Selector,
+    SlidingLayers,
     SlidingWindow,
     StateSpace,
     Trunk,
@@ -57,6 +58,8 @@ class DrafterSpec:
     capture_layers: tuple[int, ...] = ()  # zero-based; hidden state AFTER target layer k; order is fc's column order
     window: SlidingWindow | None = None
     value_head_dim: int | None = None  # where values are not as wide as keys
+    sliding: SlidingLayers | None = None  # of the window's layers, where heads and theta above are the full ones' alone
+    kv_head_counts: tuple[int, ...] = ()  # of each layer, where kv_head_count is the full ones' alone
     context_theta: float | None = None  # base for the context's keys where it differs from rope.theta (MiMo)
     attention_value_scale: float | None = None
     embedding_scale: float | None = None
@@ -89,6 +92,17 @@ class DrafterSpec:
         """The numbers of the drafter's layers."""
         return range(self.first_layer, self.first_layer + self.layer_count)
 
+    def of_layer(self, layer: int | None) -> DrafterSpec:
+        """The facts as they hold in one layer: a sliding one may have heads of its own, and turn them otherwise."""
+        if layer is None or layer not in self.layers or self.sliding is None or self.window is None:
+            return self
+        counted = layer - self.first_layer
+        kv_heads = self.kv_head_counts[counted] if self.kv_head_counts else self.kv_head_count
+        if not self.window.layers[counted]:
+            return replace(self, kv_head_count=kv_heads)
+        own = Rope(self.sliding.theta, self.sliding.dimensions)
+        return replace(self, head_dim=self.sliding.head_dim, kv_head_count=kv_heads, rope=own)
+
     @property
     def draft_length(self) -> int:
         """The most tokens drafted in one step: a block without its anchor; a chain ends where llama.cpp ends it."""
@@ -120,8 +134,6 @@ class DrafterSpec:
     def _contradictions(self) -> list[tuple[str, bool, str]]:
         """(field, holds, expected) for every rule that one config can break."""
         layers, depth, block, mask = self.capture_layers, self.target_layer_count, self.block_size, self.mask_token_id
-        window_length = self.layer_count if self.window is None else len(self.window.layers)
-        lists = {path: facts_of(self).get(path, ()) for path in _OF_TARGET_LAYERS}
         group = 1 if self.convolution is None else self.convolution.group_size
         return [
             ("kv_head_count", self.head_count % self.kv_head_count == 0, f"a divisor of head_count {self.head_count}"),
@@ -141,19 +153,24 @@ class DrafterSpec:
                 f"below head_dim {self.head_dim}: a part of each key is not rotated",
             ),
             ("context_theta", self.context_theta is None or self.context_theta > 0, "a theta above 0"),
-            ("window", window_length == self.layer_count, f"one entry for each of {self.layer_count} layers"),
+            ("sliding.head_dim", self.sliding is None or self.window is not None, "none where no layer slides"),
             ("draft_vocab_size", (self.draft_vocab_size or 1) <= self.vocab_size, f"at most {self.vocab_size}"),
-            *(
-                (path, len(entries) in (0, depth), f"one entry for each of the target's {depth} layers")  # type: ignore[arg-type]
-                for path, entries in lists.items()
-            ),
             ("convolution.group_size", self.hidden_size % group == 0, f"a divisor of hidden_size {self.hidden_size}"),
-            *(
-                (f"trunk.{name}", len(found) == depth, f"one entry for each of the target's {depth} layers")
-                for name in OF_EACH_LAYER
-                if (found := getattr(self.trunk, name, ()))
-            ),
+            *self._lengths(),
         ]
+
+    def _lengths(self) -> Iterator[tuple[str, bool, str]]:
+        """The same of lists with an entry for each layer, the drafter's or its target's."""
+        facts, depth, count = facts_of(self), self.target_layer_count, self.layer_count
+        window = count if self.window is None else len(self.window.layers)
+        yield "window", window == count, f"one entry for each of {count} layers"
+        own = self.kv_head_counts
+        yield "kv_head_counts", len(own) in (0, count), f"one entry for each of {count} layers"
+        divides = all(n > 0 and self.head_count % n == 0 for n in own)
+        yield "kv_head_counts", divides, f"divisors of head_count {self.head_count}"
+        for path in (*_OF_TARGET_LAYERS, *(f"trunk.{name}" for name in OF_EACH_LAYER)):
+            entries: Any = facts.get(path, ())
+            yield path, len(entries) in (0, depth), f"one entry for each of the target's {depth} layers"
 
 
 CHAIN_LENGTH = 3
@@ -190,6 +207,7 @@ _NESTED: dict[str, type] = {
     "rope.scaling": RopeScaling,
     "rope.llama3": Llama3Bands,
     "window": SlidingWindow,
+    "sliding": SlidingLayers,
     "convolution": Convolution,
     "selector": Selector,
     "linear_attention": LinearAttention,
@@ -270,6 +288,7 @@ __all__ = [
     "Rope",
     "RopeScaling",
     "Selector",
+    "SlidingLayers",
     "SlidingWindow",
     "StateSpace",
     "Trunk",

@@ -28,6 +28,9 @@ OF_KIND: dict[str, frozenset[str]] = {
     "dflash2": _BLOCK | {"convolution.kernel_size", "convolution.group_size", "selector.rank", "selector.top_k"},
     "dspark": _BLOCK | {"markov_rank", "confidence_head", "sample_from_anchor"},
     "eagle3": frozenset({"capture_layers", "norm_before_residual", "norm_before_fc"}),
+    "gemma4-assistant": frozenset(
+        {"window.size", "window.layers", "sliding.head_dim", "sliding.theta", "sliding.dimensions"}
+    ),
     "mtp-qwen35": _LINEAR | {"rope.sections"},
     "mtp-qwen35moe": _LINEAR | {"rope.sections", *_EXPERTS},
     "mtp-qwen3next": _LINEAR.union(_EXPERTS),

@@ -72,7 +72,8 @@ def yarn_attention(factor: float, multiplier: float = 1.0) -> float:
 class Rope:
     """Rotary embedding: base, rotated dimensions per head (the first ones, rotate-half), scaling; `NO_ROPE` for none.
 
-    `sections` is None unless the target positions its tokens with M-RoPE; then it holds the four section widths.
+    `sections` is None unless the target positions its tokens with M-RoPE; then it holds the four section widths. With a
+    `proportion` only so large a share of the pairs turns, the first ones; the others stay as they are.
     """
 
     theta: float
@@ -80,6 +81,7 @@ class Rope:
     scaling: RopeScaling | None = None
     sections: tuple[int, ...] | None = None
     llama3: Llama3Bands | None = None
+    proportion: float | None = None
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.theta) and self.theta > 0):
@@ -90,6 +92,8 @@ class Rope:
             raise BadFact("rope.sections", self.sections, f"{MROPE_SECTIONS} widths")
         if self.scaling is not None and self.llama3 is not None:
             raise BadFact("rope.scaling.method", self.scaling.method, "one scaling, and there is Llama 3's as well")
+        if self.proportion is not None and not 0 < self.proportion <= 1:
+            raise BadFact("rope.proportion", self.proportion, "a share of the pairs, in (0, 1]")
 
 
 NO_ROPE = Rope(NO_TURN, 0)
@@ -107,6 +111,23 @@ class SlidingWindow:
             raise BadFact("window.size", self.size, "a number of tokens above 0")
         if not any(self.layers):
             raise BadFact("window.layers", self.layers, "at least one sliding layer (else the drafter has no window)")
+
+
+@dataclass(frozen=True)
+class SlidingLayers:
+    """What sliding layers have otherwise than the full ones (Gemma 4): the width of a head, and how it is turned."""
+
+    head_dim: int
+    theta: float
+    dimensions: int
+
+    def __post_init__(self) -> None:
+        if self.head_dim <= 0:
+            raise BadFact("sliding.head_dim", self.head_dim, "a number above 0")
+        if not (math.isfinite(self.theta) and self.theta > 0):
+            raise BadFact("sliding.theta", self.theta, "a finite number above 0")
+        if not 0 < self.dimensions <= self.head_dim or self.dimensions % 2:
+            raise BadFact("sliding.dimensions", self.dimensions, f"an even number, at most {self.head_dim}")
 
 
 @dataclass(frozen=True)

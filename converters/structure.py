@@ -27,7 +27,8 @@ ARCHITECTURE_NOTED = "drafter.target.architecture"
 # What loaders take where a key is not there (load_hparams in llama.cpp's src/llama-model.cpp, common/speculative.cpp;
 # server/src/draft/draft_gguf_loader.cpp in Lucebox).
 SILENTLY = {
-    "rope.theta": "10000", "block_size": "16", "kv_head_count": "the number of query heads",
+    "rope.theta": "10000", "sliding.theta": "10000", "sliding.dimensions": "the dimensions of full layers",
+    "block_size": "16", "kv_head_count": "the number of query heads",
     "head_dim": "embedding_length / head_count", "feed_forward_size": "0", "head_count": "0",
 }  # fmt: skip
 SILENTLY_IN = {"lucebox": {"rope.theta": "0", "block_size": "0"}, "ik_llama.cpp": {"mask_token_id": "0"}}

@@ -19,7 +19,21 @@ T = TypeVar("T", int, str)
 # the later ones win there)
 TEXT_CONFIGS = ("lfm", "language_config", "thinker_config.text_config", "lm_config", "llm_config", "text_config")
 LAYERS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
+GEMMA4, GEMMA4_GGUF, SLIDING = "Gemma4", "gemma4", "sliding_attention"
 HIDDEN = ("hidden_size", "n_embd", "dim")
+
+
+@dataclass(frozen=True)
+class CachedLayer:
+    """Keys and values of one layer: width and number of heads, the base they are turned by, and how far it looks back.
+
+    A number is None where it is not told, `window` also where the layer is a full one.
+    """
+
+    head_dim: int | None
+    kv_head_count: int | None
+    theta: float | None
+    window: int | None
 
 
 @dataclass(frozen=True)
@@ -27,7 +41,8 @@ class Target:
     """`architecture` as the source names it: a class in a config, a llama.cpp name in a GGUF.
 
     `layer_count` leaves out next-token-prediction layers; `embedding_scale` is what the target multiplies its
-    embeddings by, None if it does not; `context_length` in tokens, None where it is not told.
+    embeddings by, None if it does not; `context_length` in tokens, None where it is not told. `last_layers` are the
+    last two of a Gemma 4, None of any other target.
     """
 
     name: str
@@ -38,6 +53,7 @@ class Target:
     uses_mrope: bool
     embedding_scale: float | None
     context_length: int | None = None
+    last_layers: tuple[CachedLayer, CachedLayer] | None = None
 
 
 def read_target(path: Path) -> Target:
@@ -89,6 +105,7 @@ def _from_config(folder: Path) -> Target:
         uses_mrope=any(_has_mrope(config) for config in (text, raw)),
         embedding_scale=_scale(architecture, "Gemma", hidden),
         context_length=reader.find("context_length", int, "max_position_embeddings"),
+        last_layers=_last_of_config(reader) if architecture.startswith(GEMMA4) else None,
     )
 
 
@@ -105,6 +122,28 @@ def _architecture(reader: ConfigReader) -> str:
     if not names:
         raise WrongInput(f"{reader.where}: architectures: missing, expected the target's class")
     return names[0]
+
+
+def _last_of_config(reader: ConfigReader) -> tuple[CachedLayer, CachedLayer] | None:
+    """As transformers reads it: full layers have heads of their own where keys serve as values, or where it is said."""
+    types = reader.find_list("layer_types", str, "layer_types") or ()
+    if len(types) < 2:
+        return None
+
+    def layer(i: int) -> CachedLayer:
+        own, slides = f"per_layer_config.{i}.", types[i] == SLIDING
+        k_is_v = reader.find("keys as values", bool, "attention_k_eq_v")
+        width, count = ("head_dim", "num_key_value_heads")
+        widths = (f"{own}{width}", *([] if slides else [f"global_{width}"]))
+        counts = (f"{own}{count}", *(["num_global_key_value_heads"] if k_is_v and not slides else []))
+        return CachedLayer(
+            reader.find(width, int, *widths) or (reader.find(width, int, width) if slides else None),
+            reader.find(count, int, *counts) or reader.find(count, int, count),
+            reader.find("theta", float, f"rope_parameters.{types[i]}.rope_theta"),
+            reader.find("window", int, "sliding_window") if slides else None,
+        )
+
+    return layer(len(types) - 2), layer(len(types) - 1)
 
 
 def _has_mrope(config: Mapping[str, Any]) -> bool:
@@ -136,7 +175,35 @@ def _from_gguf(path: Path, file: GGUFFile) -> Target:
         uses_mrope=sections is not None and isinstance(sections.value, tuple) and any(sections.value),
         embedding_scale=_scale(architecture, "gemma", hidden),
         context_length=_key(path, file.keys, room, int) if room in file.keys else None,
+        last_layers=_last_of_gguf(path, file.keys, architecture) if architecture == GEMMA4_GGUF else None,
     )
+
+
+def _last_of_gguf(path: Path, keys: Mapping[str, KeyValue], arch: str) -> tuple[CachedLayer, CachedLayer] | None:
+    """As llama.cpp reads it (load_arch_hparams in src/models/gemma4.cpp)."""
+    found = {name: entry.value for name, entry in keys.items() if name.startswith(f"{arch}.")}
+    pattern = found.get(f"{arch}.attention.sliding_window_pattern")
+    if not isinstance(pattern, tuple) or len(pattern) < 2:
+        return None
+    counts = found.get(f"{arch}.attention.head_count_kv")
+
+    def layer(i: int) -> CachedLayer:
+        slides = pattern[i] is True
+        number = {
+            name: found.get(f"{arch}.{key}{'_swa' if slides else ''}")
+            for name, key in {"head_dim": "attention.key_length", "theta": "rope.freq_base"}.items()
+        }
+        count = counts[i] if isinstance(counts, tuple) and len(counts) == len(pattern) else counts
+        window = _key(path, keys, f"{arch}.attention.sliding_window", int) if slides else None
+        head_dim, theta = number["head_dim"], number["theta"]
+        return CachedLayer(
+            head_dim if isinstance(head_dim, int) else None,
+            count if isinstance(count, int) else None,
+            float(theta) if isinstance(theta, float) else None,
+            window,
+        )
+
+    return layer(len(pattern) - 2), layer(len(pattern) - 1)
 
 
 def _gguf_vocab_size(path: Path, keys: Mapping[str, KeyValue], key: str) -> int:

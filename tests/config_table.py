@@ -1,6 +1,6 @@
 """The table of docs/drafters.md: every published config with tensors of its kind, and what becomes of it.
 
-`python tests/config_table.py` writes it anew; tests/test_config_table.py holds the page to it.
+`PYTHONPATH=fixtures python tests/config_table.py` writes it anew; tests/test_config_table.py holds the page to it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from make_gemma4_assistant import assistant_shapes
 from published import (
     CONFIGS,
     SMALL_HIDDEN,
@@ -49,7 +50,7 @@ TOLD: dict[str, Shapes] = {
     "deepseek-ai__DeepSeek-V3-R1": {"model.layers.61.eh_proj.weight": (2, 2)},
     "deepseek-ai__DeepSeek-V4-Flash-0731": {"mtp.0.main_proj.weight": (2, 2)},
     "deepseek-ai__DeepSeek-V4-Pro-DSpark": {"mtp.0.main_proj.weight": (2, 2)},
-    **{f"google__gemma-4-{size}-it-assistant": {"pre_projection.weight": (2, 2)} for size in ("E2B", "26B-A4B", "31B")},
+    **{f"google__gemma-4-{size}-it-assistant": {"pre_projection.weight": (2, 2)} for size in ("26B-A4B", "31B")},
 }
 
 
@@ -57,6 +58,8 @@ def tensors_of(name: str, config: dict[str, Any]) -> Shapes:
     flat = config | config.get("transformer_layer_config", {})
     if name in TOLD:
         return TOLD[name]
+    if "backbone_hidden_size" in config:
+        return assistant_shapes(config)
     return eagle3_shapes(flat) if re.search("ea[gl][gl]e3", name) else published_shapes(flat)
 
 
@@ -71,7 +74,7 @@ def outcome(name: str, folder: Path) -> tuple[str, str]:
     target = tiny_target(
         folder / "target",
         architectures=["Qwen3ForCausalLM"],
-        hidden_size=flat.get("hidden_size") or SMALL_HIDDEN,
+        hidden_size=flat.get("backbone_hidden_size") or flat.get("hidden_size") or SMALL_HIDDEN,
         num_hidden_layers=flat.get("num_target_layers")
         or (flat.get("dflash_config") or {}).get("num_target_layers", 94),
     )

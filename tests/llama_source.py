@@ -19,12 +19,12 @@ from pathlib import Path
 PROJECT = Path(__file__).parent.parent
 BUILD = PROJECT / "build"
 NEEDED = re.compile(r"[^/]+/llama\.cpp/(convert_hf_to_gguf\.py|conversion/|gguf-py/)")
-# Started in an interpreter of its own: llama.cpp's `gguf` is another one than ours. Four steps cannot work with the
+# Started in an interpreter of its own: llama.cpp's `gguf` is another one than ours. Five steps cannot work with the
 # pair's tokenizer and are put aside: naming it by a hash of what it says (a list of known vocabularies), trying
 # SentencePiece first, which needs a package to find out that there is no tokenizer.model, looking for the special
-# tokens of GLM's vocabulary, and asking that DeepSeek's adds a token before every text. Cohere2-MoE's class can take a
-# head alone or leave it out, and does not say so. Configs that transformers has other names for by now are read as they
-# are published, which is what the converter was written for.
+# tokens of GLM's vocabulary, Gemma 4's own tokens, and asking that DeepSeek's adds a token before every text.
+# Cohere2-MoE's class can take a head alone or leave it out, and does not say so. Configs that transformers has other
+# names for by now are read as they are published, which is what the converter was written for.
 DRIVER = """
 import json, sys
 root, *jobs = json.load(sys.stdin)
@@ -32,6 +32,7 @@ sys.path[:0] = [root, root + "/gguf-py"]
 from conversion.base import ModelBase, TextModel
 from conversion.command_r import Cohere2MoeModel
 from conversion.deepseek import DeepseekV32Model
+from conversion.gemma import Gemma4Model
 import convert_hf_to_gguf as converter
 
 def no_sentencepiece(self, add_to_gguf=True):
@@ -58,6 +59,7 @@ def as_published(folder, is_mistral_format):
     return {**known, **raw} if raw.get("model_type") == "bailing_hybrid" else known
 
 ModelBase.load_hparams = staticmethod(as_published)
+Gemma4Model.set_vocab = TextModel._set_vocab_gpt2
 for job in jobs:
     sys.argv = ["convert_hf_to_gguf.py", *job]
     print(*sys.argv, file=sys.stderr, flush=True)

@@ -21,7 +21,17 @@ FLOORS = {
         *("importance", "encoding", "destination", "json_text", "packed", "quantized", "quantized_config", "experts"),
         *("hub", "excerpt", "latent"),
     ],
-    3: ["dimensions", "ops", "recipe_rules", "recipes", "type_choice", "plan", "provenance", "token_ids"],
+    3: [
+        "dimensions",
+        "ops",
+        "shared_cache",
+        "recipe_rules",
+        "recipes",
+        "type_choice",
+        "plan",
+        "provenance",
+        "token_ids",
+    ],
     4: ["drafters", "dialects"],
     5: [
         *("convert", "attach", "launch", "inspection", "drafter_file", "quantize", "redialect", "verify"),

@@ -89,6 +89,12 @@ def test_eagle3(tensors: tuple[str, ...], architecture: str | None) -> None:
         assert found(names, architectures=architecture and [architecture]) is KINDS["eagle3"]
 
 
+@pytest.mark.parametrize("architecture", ["Gemma4AssistantForCausalLM", "Gemma4UnifiedAssistantForCausalLM", None])
+def test_assistants(architecture: str | None) -> None:
+    for names in (GEMMA, tuple(reversed(GEMMA)), (*GEMMA, "masked_embedding.centroids.weight")):
+        assert found(names, architectures=architecture and [architecture]) is KINDS["gemma4-assistant"]
+
+
 @pytest.mark.parametrize("architecture", ["PEagleDraftModel", "Eagle3DeepseekV2ForCausalLM", "LlamaForCausalLMEagle"])
 def test_eagle3_of_another_build_is_refused(architecture: str) -> None:
     """G-27: parallel drafting, multi-head latent attention, EAGLE-1."""
@@ -113,7 +119,6 @@ def test_dspark_of_another_build_is_refused(architecture: str) -> None:
         pytest.param(LAGUNA_GATED, ["DFlashDraftModel"], "Laguna DFlash", id="G-18 Laguna by its gate"),
         pytest.param(EAGLE3_MLA, ["Eagle3DeepseekV2ForCausalLM"], "EAGLE-3 with multi-head latent", id="G-27 MLA"),
         pytest.param((*EAGLE3_LAYERS, "mask_hidden"), ["PEagleDraftModel"], "P-EAGLE", id="G-27 P-EAGLE"),
-        pytest.param(GEMMA, ["Gemma4AssistantForCausalLM"], "Gemma-4 assistant", id="Gemma-4 assistant"),
     ],
 )
 def test_other_kinds_are_refused_by_name(tensors: tuple[str, ...], architectures: list[str] | None, kind: str) -> None:

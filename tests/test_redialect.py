@@ -531,7 +531,7 @@ def test_norms_that_are_not_f32_are_doubted(pair: Made, tmp_path: Path) -> None:
     ("arch", "message"),
     [
         ("dspark", "found 'dspark', expected a drafter's: dflash .llama.cpp., dflash-draft"),
-        ("gemma4-assistant", "found 'gemma4-assistant'"),
+        ("gemma4_mtp", "found 'gemma4_mtp'"),
         ("gemma4-dflash-draft", "found 'gemma4-dflash-draft'"),
         ("qwen3", "found 'qwen3'"),
     ],

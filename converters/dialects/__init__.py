@@ -8,6 +8,7 @@ from dataclasses import replace
 from convert_drafter.converters.dialects import (
     ik_llama_cpp,
     llama_cpp,
+    llama_cpp_gemma4_assistant,
     llama_cpp_mtp,
     llama_cpp_mtp_bailing,
     llama_cpp_mtp_cohere,
@@ -17,7 +18,8 @@ from convert_drafter.converters.dialects import (
     llama_cpp_mtp_swa,
     lucebox,
 )
-from convert_drafter.converters.dialects.cell import Cell, doubts, objections, read, read_all, write
+from convert_drafter.converters.dialects.cell import Cell, read, read_all, write
+from convert_drafter.converters.dialects.fitness import doubts, objections
 from convert_drafter.converters.errors import WrongUsage
 from convert_drafter.converters.gguf_read import GGUFFile
 from convert_drafter.converters.recipe_rules import layer_of
@@ -28,6 +30,7 @@ CELLS: dict[tuple[str, str], Cell] = {
     for cell in (
         *(llama_cpp.DFLASH, ik_llama_cpp.DFLASH, lucebox.DFLASH),
         *(llama_cpp.DFLASH2, llama_cpp.DSPARK, llama_cpp.EAGLE3),
+        llama_cpp_gemma4_assistant.GEMMA4_ASSISTANT,
         *llama_cpp_mtp.CELLS,
         *llama_cpp_mtp_hunyuan.CELLS,
         *llama_cpp_mtp_cohere.CELLS,

@@ -61,8 +61,8 @@ class Row:
     """`key` with `{a}` for the architecture; `element` is set for an array. An F32 key keeps 24 bits of a float.
 
     `also` is another element type that the runtime reads as well as the one we write; a `required` key stops the
-    loader, or is taken for something else, where it is missing, whatever else may tell the fact.
-    Of rows with one key the last writes it, the others read a part of it.
+    loader, or is taken for something else, where it is missing, whatever else may tell the fact. Of rows with one key
+    the last whose fact is there writes it; the others read a part of it, or another type.
     """
 
     key: str
@@ -190,52 +190,6 @@ OWN_ROWS = (
 )
 
 
-def objections(cell: Cell, spec: DrafterSpec, architecture: str | None = None) -> list[str]:
-    """Every fact of `spec` that this runtime cannot carry or does not accept; `architecture` is the target's."""
-    facts = facts_of(spec)
-    fixed = {implied.field: implied.value(facts) for implied in cell.implied}
-    carried = {row.field for row in (*cell.rows, *OWN_ROWS)} | set(cell.harmless)
-    lost = [
-        f"{name} = {value!r}: {cell.runtime} has no key for it and would run with {fixed.get(name, 'none')}"
-        for name, value in facts.items()
-        if name not in carried and value != fixed.get(name)
-    ]
-    broken = [f"{limit.field}: {limit.message}" for limit in cell.limits if not limit.holds(spec)]
-    if _captures_last(spec) and (cell.targets or {}).get(architecture or "") is False:
-        broken.append(
-            f"capture_layers: the last layer is captured; {cell.runtime} has no state after it ({architecture})"
-        )
-    return lost + broken + _unstorable(cell, facts)
-
-
-def _unstorable(cell: Cell, facts: Facts) -> list[str]:
-    """Facts whose number its key cannot hold."""
-    out = []
-    for row in cell.rows:
-        value = row.codec.encode(facts[row.field], facts) if row.field in facts else None
-        with np.errstate(over="ignore", under="ignore"):
-            if row.type == U32 and isinstance(value, int) and not 0 <= value < 2**32:
-                out.append(f"{row.field} = {value}: does not fit an unsigned 32-bit key")
-            elif row.type == F32 and value and not 0 < abs(np.float32(value)) < np.inf:
-                out.append(f"{row.field} = {value:g}: does not fit a 32-bit float key")
-    return sorted(set(out))
-
-
-def doubts(cell: Cell, spec: DrafterSpec, architecture: str | None = None) -> list[str]:
-    """What may not run in this runtime, as far as the target is known."""
-    if cell.targets is None or architecture in cell.targets:
-        return []
-    if architecture is not None:
-        known = f"not known to hand out hidden states in {cell.runtime}; a target that does not stops at an assertion"
-        return [f"target architecture {architecture}: {known}"]
-    last = "the target's last layer is captured, which few of its targets hand out"
-    return [f"capture_layers: {last} in {cell.runtime}"] if _captures_last(spec) else []
-
-
-def _captures_last(spec: DrafterSpec) -> bool:
-    return max(spec.capture_layers, default=-1) == spec.target_layer_count - 1
-
-
 def write(cell: Cell, spec: DrafterSpec) -> tuple[KeyValue, ...]:
     """The spec's keys in this dialect, in the order of the table."""
     return keys_of(cell, facts_of(spec))
@@ -265,7 +219,7 @@ def read_all(cell: Cell, keys: Mapping[str, KeyValue]) -> tuple[dict[str, Any], 
     facts, faults, spoilt = dict[str, Any](), list[str](), set[str]()
     for row in (*cell.rows, *OWN_ROWS):
         name = row.key.format(a=cell.arch)
-        if name not in keys:
+        if name not in keys or _meant_by_another(cell, row, keys[name]):
             continue
         try:
             value = _decoded(row, _stored(keys[name], row, name), facts, name)
@@ -290,6 +244,11 @@ def read_all(cell: Cell, keys: Mapping[str, KeyValue]) -> tuple[dict[str, Any], 
         if count.field not in spoilt:  # a list that could not be read has no length
             faults += _count_faults(keys, count.key.format(a=cell.arch), facts.get(count.field))
     return facts, faults
+
+
+def _meant_by_another(cell: Cell, row: Row, entry: KeyValue) -> bool:
+    """Rows of one key are alternatives: the type of what is there tells which of them it is."""
+    return entry.type != row.type and any(r.key == row.key and r.type == entry.type for r in cell.rows)
 
 
 def _stored(entry: KeyValue, row: Row, name: str) -> Any:

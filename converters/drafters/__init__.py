@@ -27,6 +27,7 @@ from convert_drafter.converters.drafters.dflash import DFLASH
 from convert_drafter.converters.drafters.dflash2 import DFLASH2
 from convert_drafter.converters.drafters.dspark import DSPARK
 from convert_drafter.converters.drafters.eagle3 import EAGLE3
+from convert_drafter.converters.drafters.gemma4_assistant import GEMMA4_ASSISTANT
 from convert_drafter.converters.drafters.kind import Headers, Kind
 from convert_drafter.converters.drafters.mtp import needed
 from convert_drafter.converters.drafters.refused import OTHER_BUILDS, OTHER_KINDS
@@ -44,7 +45,7 @@ HEADS = (
     *mtp_step.FAMILIES,
     *mtp_mimo.FAMILIES,
 )
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (DFLASH, DFLASH2, DSPARK, EAGLE3, *HEADS)}
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (DFLASH, DFLASH2, DSPARK, EAGLE3, GEMMA4_ASSISTANT, *HEADS)}
 
 
 MTP = "MTP"  # a family of targets has a kind of its own
@@ -66,7 +67,7 @@ SIGNATURES = (
     Signature("Domino", r"domino_|prefix_gru\."),
     Signature(MTP, r"mtp(_layers)?\.|layers\.\d+\.eh_proj\."),
     Signature("Laguna DFlash", r"aux_hidden_norms?\.|layers\.\d+\.self_attn\.(g_proj|qkv_proj)\."),
-    Signature("Gemma-4 assistant", r"pre_projection\."),
+    Signature("gemma4-assistant", r"pre_projection\."),
     Signature("EAGLE-3 with multi-head latent attention", r"midlayer\.self_attn\.(q_a|q_b|kv_a|kv_b)_"),
     Signature("P-EAGLE", r"mask_hidden"),
     Signature("eagle3", r"midlayer\.|layers\.0\.hidden_norm\."),

@@ -6,7 +6,6 @@ from __future__ import annotations
 OTHER_KINDS = {
     "Domino": "a recurrent net corrects each draft; of the supported runtimes only Lucebox computes it",
     "Laguna DFlash": "its attention is gated and its context normed by each layer; llama.cpp has no graph for it",
-    "Gemma-4 assistant": "it has no keys and values of its own: it reads its target's cache",
     "EAGLE-3 with multi-head latent attention": "no runtime's EAGLE-3 has such an attention",
     "P-EAGLE": "it drafts in parallel from a state of its own; no supported runtime has a graph for it",
     "DSpark inside DeepSeek-V4": "its layers are DeepSeek-V4's, with hyper-connections and experts",

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from convert_drafter.converters.roles import Role
 from convert_drafter.converters.spec import SlidingWindow
 from convert_drafter.converters.verify.diagnosis import weight_explanations
 from convert_drafter.converters.verify.diagnosis.view import (
@@ -61,9 +62,9 @@ def fact(view: View, name: str, value: Any, why: str = "") -> Iterator[Explanati
 
 # Facts that the same weights can be read with; the others are shapes.
 BEHAVIOUR = (
-    "rope.theta", "capture_layers", "window", "mask_token_id", "block_size", "causal", "rope.dimensions",
-    "rope.scaling", "norm_epsilon", "context_theta", "attention_value_scale", "embedding_scale", "logit_scale",
-    "logit_softcap", "norm_before_residual",
+    "rope.theta", "sliding.theta", "sliding.dimensions", "capture_layers", "window", "mask_token_id", "block_size",
+    "causal", "rope.dimensions", "rope.scaling", "norm_epsilon", "context_theta", "attention_value_scale",
+    "embedding_scale", "logit_scale", "logit_softcap", "norm_before_residual",
 )  # fmt: skip
 
 
@@ -93,8 +94,9 @@ def thetas(view: View, hints: Hints) -> Iterator[Explanation]:
     """T-9, A1-7: a theta that was not found where the converter looked becomes a default."""
     if hints.theta is not None:
         yield from fact(view, "rope.theta", hints.theta, "the target's own")
-    for value in THETAS:
-        yield from fact(view, "rope.theta", value)
+    for name in ("rope.theta", "sliding.theta") if view.spec.sliding else ("rope.theta",):
+        for value in THETAS:
+            yield from fact(view, name, value)
 
 
 def captures(view: View, hints: Hints) -> Iterator[Explanation]:
@@ -114,7 +116,7 @@ def captures(view: View, hints: Hints) -> Iterator[Explanation]:
 
 
 def in_chains(view: View) -> bool:
-    """Drafts token by token: there is no block, no mask token, and no cell with a window."""
+    """Drafts token by token: there is no block and no mask token."""
     return view.spec.block_size is None
 
 
@@ -136,9 +138,9 @@ def blocks(view: View, hints: Hints) -> Iterator[Explanation]:
 
 def windows(view: View, hints: Hints) -> Iterator[Explanation]:
     """T-55, T-16: a window lost, on the wrong layers, or as wide as another drafter's."""
-    if in_chains(view):
-        return
     layers, window = view.spec.layer_count, view.spec.window
+    if window is None and in_chains(view):  # no cell of theirs has one that may be missing
+        return
     all_but_last = (*[True] * (layers - 1), False)
     patterns = {all_but_last, (True,) * layers}
     if window is None:
@@ -146,10 +148,11 @@ def windows(view: View, hints: Hints) -> Iterator[Explanation]:
             for pattern in (all_but_last, (True,) * layers) if layers > 1 else ((True,),):
                 yield from windowed(view, SlidingWindow(size, pattern))
         return
-    yield from windowed(view, None)
-    for pattern in (window.layers[::-1], tuple(not slides for slides in window.layers), *sorted(patterns)):
-        if any(pattern):
-            yield from windowed(view, SlidingWindow(window.size, pattern))
+    if view.spec.sliding is None:  # else which layers slide is seen by the shapes of their tensors
+        yield from windowed(view, None)
+        for pattern in (window.layers[::-1], tuple(not slides for slides in window.layers), *sorted(patterns)):
+            if any(pattern):
+                yield from windowed(view, SlidingWindow(window.size, pattern))
     for size in (window.size // 2, window.size * 2, *WINDOWS):
         if size:
             yield from windowed(view, SlidingWindow(size, window.layers))
@@ -172,8 +175,9 @@ def single_facts(view: View, hints: Hints) -> Iterator[Explanation]:
         yield from fact(view, "norm_before_residual", not spec.norm_before_residual)
     if not in_chains(view):
         yield from fact(view, "causal", not spec.causal)
-    for dimensions in (spec.head_dim, spec.head_dim // 2, spec.head_dim // 4):
-        yield from fact(view, "rope.dimensions", dimensions)
+    if (Role.ROPE_FACTORS, None) not in view.weights:  # a tensor of as many
+        for dimensions in (spec.head_dim, spec.head_dim // 2, spec.head_dim // 4):
+            yield from fact(view, "rope.dimensions", dimensions)
     if spec.rope.scaling is not None:
         rope = replace(spec.rope, scaling=None)
         mended = f"{spec.rope.scaling.method} -> none"

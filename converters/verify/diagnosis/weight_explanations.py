@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
 from convert_drafter.converters.roles import Role, TensorKey, describe
+from convert_drafter.converters.spec import DrafterSpec
 from convert_drafter.converters.verify.diagnosis.view import Array, Explanation, Hints, View
 from convert_drafter.quant.measure import measure
 
@@ -17,12 +17,12 @@ Q_AND_K = (Role.ATTN_Q, Role.ATTN_K, Role.ATTN_Q_BIAS, Role.ATTN_K_BIAS)
 Q_AND_K_NORMS = (Role.ATTN_Q_NORM, Role.ATTN_K_NORM)
 NORMS = (
     Role.FUSION_NORM, Role.OUTPUT_NORM, Role.ATTN_NORM, Role.ATTN_NORM_2, Role.FFN_NORM,
-    Role.ATTN_Q_NORM, Role.ATTN_K_NORM,
+    Role.ATTN_Q_NORM, Role.ATTN_K_NORM, Role.ATTN_POST_NORM, Role.FFN_POST_NORM,
     Role.NEXTN_EMBEDDING_NORM, Role.NEXTN_STATE_NORM, Role.NEXTN_OUTPUT_NORM,
 )  # fmt: skip
 MATRICES = (
     Role.ATTN_Q, Role.ATTN_K, Role.ATTN_V, Role.ATTN_OUTPUT, Role.FFN_GATE, Role.FFN_UP, Role.FFN_DOWN, Role.FUSION,
-    Role.NEXTN_PROJ,
+    Role.NEXTN_PROJ, Role.NEXTN_PRE_PROJ, Role.NEXTN_POST_PROJ,
 )  # fmt: skip
 LISTED = 4  # names in a line
 FAR = 0.5  # relative error; Q2_K is at 0.3, other weights of the same size are at 1.4
@@ -32,6 +32,8 @@ SWAPS = (
     (Role.ATTN_Q_NORM, Role.ATTN_K_NORM),
     (Role.ATTN_NORM, Role.FFN_NORM),
     (Role.ATTN_NORM, Role.ATTN_NORM_2),
+    (Role.ATTN_POST_NORM, Role.FFN_NORM),
+    (Role.ATTN_POST_NORM, Role.FFN_POST_NORM),
     (Role.FUSION_NORM, Role.OUTPUT_NORM),
     (Role.ATTN_Q, Role.ATTN_OUTPUT),
 )
@@ -54,17 +56,22 @@ def token_ids(view: View, hints: Hints) -> Iterator[Explanation]:
 
 def rotary_rows(view: View, hints: Hints) -> Iterator[Explanation]:
     """P-43, T-57: rotary pairs beside each other or as halves, in the rows of q and k, in their norms, or in both."""
-    size, head_dim = view.spec.rope.dimensions, view.spec.head_dim
-    halves = np.concatenate([np.arange(0, size, 2), np.arange(1, size, 2), np.arange(size, head_dim)])
-    for how, order in {"pairs -> halves": halves, "halves -> pairs": np.argsort(halves)}.items():
-
-        def moved(array: Array, order: Any = order) -> Array:
-            by_head: Array = array.reshape(-1, head_dim, *array.shape[1:])[:, order]
-            return by_head.reshape(array.shape)
-
-        both = (*Q_AND_K, *Q_AND_K_NORMS)
+    both = (*Q_AND_K, *Q_AND_K_NORMS)
+    for how, back in {"pairs -> halves": False, "halves -> pairs": True}.items():
         for what, roles in {"q, k and their norms": both, "q and k": Q_AND_K, "q and k norms": Q_AND_K_NORMS}.items():
-            yield Explanation(f"RoPE rows of {what}", how, changed(view, moved, *roles))
+            new = {
+                key: reordered(array, view.spec.of_layer(key[1]), back) if key[0] in roles else array
+                for key, array in view.weights.items()
+            }
+            yield Explanation(f"RoPE rows of {what}", how, replace(view, weights=new))
+
+
+def reordered(array: Array, spec: DrafterSpec, back: bool) -> Array:
+    """Of each head the even rotated rows first, then the odd ones; or `back` to pairs."""
+    size, head_dim = spec.rope.dimensions, spec.head_dim
+    halves = np.concatenate([np.arange(0, size, 2), np.arange(1, size, 2), np.arange(size, head_dim)])
+    by_head: Array = array.reshape(-1, head_dim, *array.shape[1:])[:, np.argsort(halves) if back else halves]
+    return by_head.reshape(array.shape)
 
 
 def norms(view: View, hints: Hints) -> Iterator[Explanation]:
@@ -88,14 +95,15 @@ def swaps(view: View, hints: Hints) -> Iterator[Explanation]:
         return
     ends = view.spec.layers[0] + view.spec.layers[-1]
     turned = {(role, i): a if i is None else weights[role, ends - i] for (role, i), a in weights.items()}
-    yield Explanation("layers", "in reverse order", replace(view, weights=turned))
+    if all(turned[key].shape == a.shape for key, a in weights.items()):
+        yield Explanation("layers", "in reverse order", replace(view, weights=turned))
 
 
 def halves(view: View) -> Iterator[Explanation]:
     """What a head reads beside each other, the token's embedding and the target's state, the other way round."""
-    if Role.NEXTN_PROJ in roles_of(view):
-        turned = changed(view, lambda a: np.roll(a, a.shape[1] // 2, axis=1), Role.NEXTN_PROJ)
-        yield Explanation(Role.NEXTN_PROJ.name, "embedding and state exchanged", turned)
+    for role in {Role.NEXTN_PROJ, Role.NEXTN_PRE_PROJ} & roles_of(view):
+        turned = changed(view, lambda a: np.roll(a, a.shape[1] // 2, axis=1), role)
+        yield Explanation(role.name, "embedding and state exchanged", turned)
 
 
 def roles_of(view: View) -> set[Role]:

@@ -26,7 +26,7 @@ from convert_drafter.converters.verify.in_torch.weights import Weights, referenc
 class Variant:
     """A drafter as some runtime would see it.
 
-    `captures` are zero-based target layers, -1 the embedding's output, -2 the state after the final norm.
+    `captures` are zero-based target layers, or numbers below 0 that `text` has a name for.
     """
 
     name: str

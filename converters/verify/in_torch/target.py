@@ -21,7 +21,7 @@ try:
 
     from convert_drafter.converters.verify.in_torch.reference.drafter import Tables
     from convert_drafter.converters.verify.in_torch.text import (
-        FINAL,
+        FULL,
         Captured,
         TargetText,
         continues_rightly,
@@ -89,7 +89,7 @@ class TorchTarget:
     # --- what drafters and measurements need beyond it ---
 
     def capture(self, layers: Iterable[int]) -> None:
-        """Record the states after these layers too, -1 the embedding's output, -2 the final norm's; from then on."""
+        """Record the states after these layers too, or what `text` has other numbers below 0 for; from then on."""
         self._captures = tuple(sorted({*self._captures, *self._known(layers)}))
 
     def captured(self, start: int, stop: int) -> Captured:
@@ -118,7 +118,7 @@ class TorchTarget:
 
     def _known(self, layers: Iterable[int]) -> list[int]:
         found = sorted(set(layers))
-        if wrong := [layer for layer in found if not FINAL <= layer < self.layer_count]:
+        if wrong := [layer for layer in found if not FULL <= layer < self.layer_count]:
             raise WrongInput(f"{self.name}: capture layers {wrong}: expected 0 to {self.layer_count - 1}")
         return found
 

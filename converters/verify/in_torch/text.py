@@ -24,13 +24,17 @@ from convert_drafter.converters.spec import BEFORE_NORM, DrafterSpec
 CHUNK = 512  # tokens of a prompt processed at once
 EMBEDDING = -1  # the "layer" whose state is the embedding's output
 FINAL = -2  # the "layer" whose state is the decoder's output, after the final norm
+SLIDING, FULL = -3, -4  # of the last layer of that type with a cache of its own: keys and values side by side
+CACHED = {SLIDING: "sliding_attention", FULL: "full_attention"}
+READS = {"gemma4-assistant": (FINAL, SLIDING, FULL)}  # kinds that name no layers and read more than the final state
 Captured = dict[int, Tensor]  # layer -> states (positions, H) f32
 
 
 def captures_of(spec: DrafterSpec) -> tuple[int, ...]:
-    """The layers whose states a drafter reads: those it names, else the target's last state, normed or not."""
+    """The layers whose states a drafter reads: those it names, else what its kind does, else the target's last state,
+    normed or not."""
     last = spec.target_layer_count - 1 if spec.kind in BEFORE_NORM else FINAL
-    return spec.capture_layers or (last,)
+    return spec.capture_layers or READS.get(spec.kind, (last,))
 
 
 @contextmanager
@@ -88,6 +92,19 @@ def new_cache(config: Any) -> DynamicCache:
     return cache
 
 
+def last_owner(config: Any, kind: str) -> int:
+    """The last layer of a type that has keys and values of its own. Raises `WrongInput` for a target without one.
+
+    Later ones share them (num_kv_shared_layers of Gemma 3n and 4), and llama.cpp's assistants read the same.
+    """
+    text = config.get_text_config(decoder=True)
+    types = list(getattr(text, "layer_types", None) or ())
+    own = types[: len(types) - (getattr(text, "num_kv_shared_layers", None) or 0)]
+    if kind not in own:
+        raise WrongInput(f"{text.model_type}: found no layer of {kind} with keys and values, expected one to be read")
+    return max(i for i, name in enumerate(own) if name == kind)
+
+
 def cut(cache: DynamicCache, length: int) -> None:
     """Drop every key and value beyond `length` positions (T-42: the arrays, not an offset)."""
     for layer in cache.layers:
@@ -142,7 +159,8 @@ class TargetText:
         """Process tokens in one forward: logits (n, vocab) f32 after each, or (1, vocab) after the last."""
         self._commit(len(self._verified))
         self._saved = [] if last_only or len(tokens) == 1 else snapshot(self.cache)
-        with recording(self._model.get_decoder(), self._layers, self._captures) as self._states:
+        recorded = [layer for layer in self._captures if layer not in CACHED]
+        with recording(self._model.get_decoder(), self._layers, recorded) as self._states:
             logits = self._forward(tokens, 1 if last_only else len(tokens))
         self._verified = tuple(tokens)
         return logits
@@ -161,7 +179,10 @@ class TargetText:
         self._commit(count)
 
     def captured(self, start: int, stop: int) -> Captured:
-        """States of the kept positions from `start` to before `stop`: layer -> (stop - start, H) f32."""
+        """States of the kept positions from `start` to before `stop`: layer -> (stop - start, H) f32.
+
+        What a cache holds is as wide as all heads of its keys, and of its values.
+        """
         if not 0 <= start < stop <= self.length:
             raise ValueError(f"positions: found {start} to {stop}, expected some of the {self.length} kept")
 
@@ -171,7 +192,16 @@ class TargetText:
                 if len(piece):
                     yield piece
 
-        return {layer: torch.cat(list(pieces(layer))) for layer in self._captures}
+        return {
+            layer: self._cached(layer, start, stop) if layer in CACHED else torch.cat(list(pieces(layer)))
+            for layer in self._captures
+        }
+
+    def _cached(self, layer: int, start: int, stop: int) -> Tensor:
+        """Keys, turned by their positions, and values: (stop - start, 2 * heads * d) f32."""
+        held = self.cache.layers[last_owner(self._model.config, CACHED[layer])]
+        both = (part[0, :, start:stop].transpose(0, 1).flatten(1) for part in (held.keys, held.values))
+        return torch.cat(list(both), dim=-1).float()
 
     def _commit(self, count: int) -> None:
         if count:
@@ -180,10 +210,14 @@ class TargetText:
         self._verified, self._states, self._saved = (), {}, []
 
     def _forward(self, tokens: Sequence[int], rows: int) -> Tensor:
-        """Logits (rows, vocab) f32 after the last tokens."""
+        """Logits (rows, vocab) f32 after the last tokens.
+
+        Which rows is a list, not a number: with a number Gemma 4 computes no other states in layers that share a cache.
+        """
         ids = torch.tensor([list(tokens)], device=self._model.device)
+        wanted = torch.arange(len(tokens) - rows, len(tokens), device=self._model.device)
         with quiet():
-            out = self._model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=rows)
+            out = self._model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=wanted)
         logits: Tensor = out.logits[0, -rows:].float()
         if bool(logits.isnan().any()):
             raise WrongInput("the target computes NaN: a weight is no number, or its states are beyond the dtype")
