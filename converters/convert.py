@@ -26,7 +26,7 @@ from convert_drafter.converters.experts import stack_experts
 from convert_drafter.converters.gguf_file import KeyValue, StoredTensor, write_gguf
 from convert_drafter.converters.gguf_read import GGUFFile
 from convert_drafter.converters.importance import Importance, read_importance, without_entry
-from convert_drafter.converters.launch import launch_line
+from convert_drafter.converters.launch.line import launch_line
 from convert_drafter.converters.ops import Array
 from convert_drafter.converters.plan import Dropped, Matcher, Plan, PlannedTensor, match_tensors, plan_tensors
 from convert_drafter.converters.quantized import expand

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from convert_drafter.converters.commands.checking import doctor_command, inspect_command, verify_command
+from convert_drafter.converters.commands.launching import launch_command
 from convert_drafter.converters.commands.listing import list_command
 from convert_drafter.converters.commands.making import convert, quantize, redialect
 
-COMMANDS = (convert, quantize, redialect, inspect_command, doctor_command, verify_command, list_command)
+COMMANDS = (convert, quantize, redialect, inspect_command, doctor_command, verify_command, launch_command, list_command)
