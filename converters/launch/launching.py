@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -125,11 +125,7 @@ def _for_llama_server(job: LaunchJob, pair: Pair) -> Launch:
         remarks.append(Remark("drafter_unused", f"{job.file} stays unused"))
     target = NO_TARGET if pair.target.is_dir() else str(pair.target)
     line = command(target, drafter, request, resolved, abilities)
-    if line.overridden:
-        said = f"your own options stand for ours: {', '.join(line.overridden)}"
-        remarks.append(Remark("own_options", said))
-    if "draft length" in line.overridden:
-        resolved = replace(resolved, draft_length=None)
+    resolved = _with_own(resolved, line.overridden)
     kind = spec_type(resolved.ways, abilities) if resolved.ways else None
     said_all = (*remarks, *resolved.remarks)
     name = _name(job, server)
@@ -176,6 +172,16 @@ def _gpu(job: LaunchJob, pair: Pair, server: Engine | None, abilities: Abilities
     if MTP not in pair.sources:
         return Ability(Known.UNKNOWN)
     return Ability(Known.UNKNOWN, abilities.problem or "") if server is None else has_gpu(server.path, abilities)
+
+
+def _with_own(resolved: Resolved, purposes: Sequence[str]) -> Resolved:
+    """As it is with the user's own options, which go before ours."""
+    if not purposes:
+        return resolved
+    own = "draft length" in purposes
+    said = Remark("own_options", f"your own options stand in place of ours: {', '.join(purposes)}")
+    remarks = tuple(remark for remark in resolved.remarks if not (own and remark.code.startswith("length")))
+    return replace(resolved, draft_length=None if own else resolved.draft_length, remarks=(*remarks, said))
 
 
 def _drafter(job: LaunchJob, pair: Pair, resolved: Resolved) -> Path | None:
