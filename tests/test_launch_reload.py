@@ -79,9 +79,7 @@ def test_a_length_under_auto(folder: Path) -> None:
     """A3-22, T-27: auto resolves to a drafter, so its length counts."""
     assert why(dflash(folder, mode="auto", draft_length=5), dflash(folder, mode="auto", draft_length=3))
     assert why(dflash(folder, mode="auto"), dflash(folder)) == []
-    assert (
-        why(dflash(folder, mode="auto"), dflash(folder, mode="draft-dflash")) == []
-    )  # what it resolves to is the same
+    assert why(dflash(folder, mode="auto"), dflash(folder, mode="draft-dflash")) == []
 
 
 @pytest.mark.parametrize("mode", ["ngram", "ngram-simple", "off"])
