@@ -16,6 +16,7 @@ from typing import Any
 import jsonschema
 import pytest
 from fake_llama_server import make, notes
+from make_checkpoints import make as make_checkpoint
 from mtp_checkpoints import job as mtp_job
 from mtp_checkpoints import small
 from published import FIXTURES, PAIR
@@ -31,7 +32,7 @@ from convert_drafter.converters.gguf_read import read_gguf
 from convert_drafter.converters.launch import launching
 from convert_drafter.converters.launch.files import way_of
 from convert_drafter.converters.launch.launching import LaunchJob, launch
-from convert_drafter.converters.launch.modes import DRAFTERS, SPEC_TYPES
+from convert_drafter.converters.launch.modes import DRAFTERS, MODES, SPEC_TYPES, SPELLINGS
 from convert_drafter.converters.launch.other_engines import OTHER_ENGINES
 from convert_drafter.converters.verify.in_llama_cpp import probe as probing
 
@@ -306,11 +307,17 @@ def test_a_verdict_that_is_none(ask: Ask, tmp_path: Path, more: dict[str, Any], 
 
 @pytest.fixture(scope="module")
 def checkpoints(folder: Path) -> dict[str, list[str]]:
+    dspark = make_checkpoint("dspark from the anchor", folder / "dspark")
     eagle, drafter, target = (str(path) for path in (FIXTURES / "pair-eagle3", PAIR / "drafter", PAIR / "target"))
     return {
         "dflash": [drafter, "--target", target],
         "eagle3": [eagle, "--target", target],
         "mtp": [str(folder / "mtp")],
+        "dspark": [
+            str(dspark),
+            "--target",
+            target,
+        ],
     }
 
 
@@ -318,11 +325,13 @@ VLLM = {
     "dflash": {"method": "dflash", "model": "DRAFTER", "num_speculative_tokens": 7},
     "eagle3": {"method": "eagle3", "model": "DRAFTER", "num_speculative_tokens": 3},
     "mtp": {"method": "mtp", "num_speculative_tokens": 1},
+    "dspark": {"method": "dspark", "model": "DRAFTER", "num_speculative_tokens": 8},
 }
 SGLANG = {
     "dflash": "DFLASH --speculative-draft-model-path DRAFTER --speculative-num-draft-tokens 8",
     "eagle3": "EAGLE3 --speculative-draft-model-path DRAFTER --speculative-num-steps 3 --speculative-eagle-topk 1"
     " --speculative-num-draft-tokens 4",
+    "dspark": "DSPARK --speculative-draft-model-path DRAFTER --speculative-dspark-block-size 8",
     "mtp": "EAGLE --speculative-num-steps 1 --speculative-eagle-topk 1 --speculative-num-draft-tokens 2",
 }
 
@@ -408,3 +417,24 @@ def test_what_cannot_be_launched(ask: Ask, words: str, status: int, says: str) -
 def test_launching_from_python(place: Path) -> None:
     decided = launch(LaunchJob(Path("dflash.gguf"), Path("target.gguf"), extra=("--port", "9")))
     assert decided.line == f"{DFLASH_LINE} --spec-draft-p-min 0.0 --port 9"
+
+
+# --- the page ---
+
+PAGE = (ROOT / "docs" / "launch.md").read_text()
+
+
+def test_the_page_names_every_mode_and_every_code() -> None:
+    """R2."""
+    codes = set()
+    for path in (ROOT / "converters" / "launch").glob("*.py"):
+        codes |= set(re.findall(r'Remark\(\s*"(\w+)"', path.read_text()))
+    codes |= set(re.findall(r'code = "(\w+)" if', (ROOT / "converters" / "launch" / "resolve.py").read_text()))
+    assert len(codes) > 15 and all(f"`{code}`" in PAGE for code in codes), [c for c in codes if f"`{c}`" not in PAGE]
+    assert all(f"`{mode}`" in PAGE for mode in MODES)
+    assert all(f"`{word}`" in PAGE for word, mode in SPELLINGS.items() if not word.startswith("draft-"))
+
+
+def test_the_page_has_the_engines_own_names() -> None:
+    for name in VLLM:
+        assert f"`{VLLM[name]['method']}`" in PAGE and f"`{SGLANG[name].split()[0]}`" in PAGE

@@ -15,7 +15,7 @@ from convert_drafter.converters.launch.resolve import Ngram, Request, Resolved, 
 from convert_drafter.converters.verify.in_llama_cpp.probe import FLAGS, Abilities
 
 SHORT = {"--model": "-m", "--spec-draft-model": "-md", "--model-draft": "-md"}  # as everybody writes them
-P_MIN = "0.0"  # spelled, because its default was 0.8 and differs between versions (T-58)
+P_MIN = "0.0"  # spelled, because its default differs between versions and changes what is drafted (T-58)
 Group = tuple[tuple[str, str], ...]  # (purpose, value)
 
 
