@@ -25,7 +25,7 @@ FLOORS = {
     5: [
         *("convert", "attach", "launch", "inspection", "drafter_file", "quantize", "redialect", "verify"),
         *("structure", "loader_keys", "tokenizer_faults", "tensor_errors", "source_facts"),
-        *("against_source", "pairing", "doctor"),
+        *("against_source", "pairing", "doctor", "preflight"),
     ],
     6: ["commands"],
     7: ["cli"],

@@ -72,7 +72,8 @@ def launch_command(job: LaunchJob, against: Path | None, execute: bool, as_json:
     """Print the command line that serves FILE with its target. What follows -- goes to the server as it is.
 
     \b
-    convert-drafter launch dflash-Qwen3.6-27B-Q8_0.gguf --target Qwen3.6-27B.gguf -- --ctx-size 16384
+    convert-drafter launch dflash-Qwen3.6-27B-Q8_0.gguf \\
+        --target Qwen3.6-27B.gguf -- --ctx-size 16384
     """
     decided = launch(job)
     for remark in show_launch.remarks(decided):

@@ -51,7 +51,7 @@ def read_pair(path: Path, target: Path | None) -> Pair:
         raise WrongUsage(f"{path}: is a drafter on its own; give its target with --target")
     told = read_target(target)
     drafter = read_drafter_file(path, target=told)
-    sources = {way_of(cell): _source(cell, drafter.spec, path)}
+    sources = {way_of(cell): source_of_way(cell, drafter.spec, path)}
     base = None if target.is_dir() else read_gguf(target)
     if base is not None:
         sources = {**_heads(base), **sources}
@@ -91,10 +91,10 @@ def _heads(file: GGUFFile) -> dict[str, Source]:
     cell = _cell(file)
     if cell is None or not _attached(file, cell):
         return {}
-    return {way_of(cell): _source(cell, read_drafter_file(file.path).spec, None)}
+    return {way_of(cell): source_of_way(cell, read_drafter_file(file.path).spec, None)}
 
 
-def _source(cell: Cell, spec: DrafterSpec, path: Path | None) -> Source:
+def source_of_way(cell: Cell, spec: DrafterSpec, path: Path | None) -> Source:
     """Its longest drafts: a block, or a token of each head where there are several (common/speculative.cpp)."""
     way, length = way_of(cell), spec.draft_length
     if spec.block_size is not None:
