@@ -20,6 +20,7 @@ from make_checkpoints import make as make_checkpoint
 from mtp_checkpoints import job as mtp_job
 from mtp_checkpoints import small
 from published import FIXTURES, PAIR
+from sample_verdicts import SAMPLES
 from server_helps import CURRENT, HELPS
 from target_gguf import write_target
 
@@ -32,9 +33,11 @@ from convert_drafter.converters.gguf_read import read_gguf
 from convert_drafter.converters.launch import launching
 from convert_drafter.converters.launch.files import way_of
 from convert_drafter.converters.launch.launching import LaunchJob, launch
+from convert_drafter.converters.launch.measured import read_measured
 from convert_drafter.converters.launch.modes import DRAFTERS, MODES, SPEC_TYPES, SPELLINGS
 from convert_drafter.converters.launch.other_engines import OTHER_ENGINES
 from convert_drafter.converters.verify.in_llama_cpp import probe as probing
+from convert_drafter.converters.verify.reports.report import write_json
 
 ROOT = Path(__file__).parent.parent
 SCHEMA = json.loads((Path(launching.__file__).parent / "launch.schema.json").read_text())
@@ -291,6 +294,16 @@ def test_a_measured_length(ask: Ask, tmp_path: Path, more: dict[str, Any], lengt
     said = ask("dflash.gguf", "--target", "target.gguf", "--measured", verdict(tmp_path / "r.json", **more))
     assert said.words[said.words.index("--spec-draft-n-max") + 1] == length
     assert says in said.err
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLES if name != "hostile"])  # a key of it is no text
+def test_whatever_verify_writes_is_read(tmp_path: Path, name: str) -> None:
+    """The real writer's JSON: infinities and gates that were not asked included."""
+    path = tmp_path / "verdict.json"
+    write_json(SAMPLES[name], path)
+    gate = next((gate for gate in SAMPLES[name].gates if gate.name == "does it pay"), None)
+    best = gate.figures.get("best_length") if gate else None
+    assert read_measured(path, Path(SAMPLES[name].file))[0].best_length == best
 
 
 @pytest.mark.parametrize(
