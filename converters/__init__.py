@@ -9,6 +9,7 @@ from convert_drafter.converters.convert import Conversion, ConvertJob, Report, c
 from convert_drafter.converters.doctor import doctor
 from convert_drafter.converters.errors import DrafterError, MissingEngine, Problems, WrongInput, WrongUsage
 from convert_drafter.converters.inspection import Inspection, inspect
+from convert_drafter.converters.launch.launching import Launch, LaunchJob, launch
 from convert_drafter.converters.quantize import (
     Quantization,
     QuantizeJob,
@@ -35,6 +36,8 @@ __all__ = [
     "ConvertJob",
     "DrafterError",
     "Inspection",
+    "Launch",
+    "LaunchJob",
     "MissingEngine",
     "Problems",
     "Quantization",
@@ -52,6 +55,7 @@ __all__ = [
     "convert",
     "doctor",
     "inspect",
+    "launch",
     "prepare",
     "prepare_quantize",
     "prepare_redialect",

@@ -10,7 +10,7 @@ from typing import Any
 from convert_drafter.converters.card import Card, CardFile, making_command, recipe_of
 from convert_drafter.converters.drafters import KINDS
 from convert_drafter.converters.errors import plain
-from convert_drafter.converters.launch import launch_line
+from convert_drafter.converters.launch.line import launch_line
 
 
 def card_text(card: Card) -> str:

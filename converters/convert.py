@@ -27,7 +27,7 @@ from convert_drafter.converters.gguf_file import KeyValue, StoredTensor, write_g
 from convert_drafter.converters.gguf_read import GGUFFile
 from convert_drafter.converters.hub import Part, fetch
 from convert_drafter.converters.importance import Importance, read_importance, without_entry
-from convert_drafter.converters.launch import launch_line
+from convert_drafter.converters.launch.line import launch_line
 from convert_drafter.converters.ops import Array
 from convert_drafter.converters.plan import Dropped, Matcher, Plan, PlannedTensor, match_tensors, plan_tensors
 from convert_drafter.converters.quantized import expand

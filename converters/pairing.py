@@ -132,12 +132,12 @@ def _vocabulary(survey: Survey, path: Path, target: Target) -> Iterator[Remark]:
         why = "the file has neither tokens nor their hash, as only this converter notes it"
         yield Remark(f"vocabulary: not compared: {why}", Outcome.UNDECIDED)
     elif known != theirs.vocab_sha256:
-        yield from _different(keys, texts, recorded, theirs, target)
+        yield from different_tokens(keys, texts, recorded, theirs, target)
     elif (mask := survey.facts.get("mask_token_id")) is not None and theirs.mask_token_id not in (None, mask):
         yield Remark(f"mask token: the file has {mask}, the target's tokenizer {theirs.mask_token_id}", Outcome.ADVICE)
 
 
-def _different(
+def different_tokens(
     keys: Mapping[str, KeyValue], texts: Sequence[Any] | None, recorded: object, theirs: Tokenizer, target: Target
 ) -> Iterator[Remark]:
     """How many tokens differ, and the first; only the hash where the file has no tokens."""

@@ -24,7 +24,7 @@ from convert_drafter.converters.gguf_file import KeyValue, StoredTensor, write_g
 from convert_drafter.converters.gguf_read import GGUFFile, read_gguf
 from convert_drafter.converters.importance import KEYS as IMATRIX_KEYS
 from convert_drafter.converters.importance import Importance, read_importance, without_entry
-from convert_drafter.converters.launch import launch_line
+from convert_drafter.converters.launch.line import launch_line
 from convert_drafter.converters.recipes import Choice
 from convert_drafter.converters.type_choice import Candidate, TypeOptions, choose_types, facts_of_file
 from convert_drafter.quant import TYPES, QuantType

@@ -25,7 +25,7 @@ from convert_drafter.converters.errors import Problems, WrongInput, WrongUsage
 from convert_drafter.converters.gguf_file import ARCHITECTURE, KeyValue, StoredTensor, file_access, write_gguf
 from convert_drafter.converters.gguf_read import GGUFFile
 from convert_drafter.converters.hub import Part, fetch
-from convert_drafter.converters.launch import launch_line
+from convert_drafter.converters.launch.line import launch_line
 from convert_drafter.converters.plan import unplaced
 from convert_drafter.converters.recipes import ALWAYS_F32
 from convert_drafter.converters.roles import TensorKey

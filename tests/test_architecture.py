@@ -36,7 +36,7 @@ FLOORS = {
     5: [
         *("convert", "attach", "launch", "inspection", "drafter_file", "quantize", "redialect", "verify"),
         *("structure", "loader_keys", "tokenizer_faults", "tensor_errors", "source_facts"),
-        *("against_source", "pairing", "doctor", "card", "card_page"),
+        *("against_source", "pairing", "doctor", "preflight", "card", "card_page"),
     ],
     6: ["commands"],
     7: ["cli"],
@@ -106,6 +106,20 @@ def test_importing_loads_neither_torch_nor_transformers() -> None:
     blocked = "import sys; sys.modules.update(torch=None, transformers=None); "
     code = f"{blocked}import convert_drafter.converters.cli, convert_drafter.quant"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_no_test_hides_an_installed_package() -> None:
+    """T-32: a stub in sys.modules stays for the tests after it; a blocked import is tried in a process of its own."""
+    for path in ROOT.glob("tests/*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            targets = node.targets if isinstance(node, ast.Assign | ast.Delete) else []
+            call = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            hidden = call in ("sys.modules.update", "sys.modules.setdefault", "sys.modules.pop") or (
+                isinstance(node, ast.Call)
+                and call.endswith((".setitem", ".delitem"))
+                and ast.unparse(node.args[0]) == "sys.modules"
+            )
+            assert not hidden and not any(ast.unparse(t).startswith("sys.modules[") for t in targets), path.name
 
 
 def test_no_two_modules_share_a_scratch_array() -> None:

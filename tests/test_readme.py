@@ -10,7 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fake_llama_server
 import pytest
+from server_helps import CURRENT
 
 from convert_drafter.converters import ConvertJob, convert
 from convert_drafter.converters.cli import main
@@ -51,6 +53,9 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "fixtures").symlink_to(ROOT / "fixtures")
     monkeypatch.chdir(tmp_path)
     pair = Path("fixtures/pair")
+    (tmp_path / "bin").mkdir()
+    fake_llama_server.make(tmp_path / "bin", help=CURRENT)  # whatever is installed on this machine
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     for recipe in ("BF16", "Q8_0"):
         convert(ConvertJob(pair / "drafter", pair / "target", "llama.cpp", recipe, Path(f"dflash-tiny-{recipe}.gguf")))
     return tmp_path

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from convert_drafter.converters.commands.checking import doctor_command, inspect_command, verify_command
+from convert_drafter.converters.commands.launching import launch_command
 from convert_drafter.converters.commands.listing import list_command
 from convert_drafter.converters.commands.making import convert, quantize, redialect
 from convert_drafter.converters.commands.publishing import card_command
 
 COMMANDS = (
     *(convert, quantize, redialect, inspect_command, doctor_command, verify_command),
-    *(card_command, list_command),
+    *(launch_command, card_command, list_command),
 )

@@ -9,11 +9,18 @@ from pathlib import Path
 import click
 
 from convert_drafter.converters.commands import show, show_doctor
-from convert_drafter.converters.commands.options import INPUT, json_option, settings_option, verify_options
+from convert_drafter.converters.commands.options import (
+    INPUT,
+    json_option,
+    plans_options,
+    settings_option,
+    verify_options,
+)
 from convert_drafter.converters.commands.output import emit, errors, phases, progress, results
 from convert_drafter.converters.doctor import doctor
 from convert_drafter.converters.errors import plain
 from convert_drafter.converters.inspection import inspect
+from convert_drafter.converters.preflight import Plans, beside_file, is_checkpoint, preflight
 from convert_drafter.converters.verdict import Outcome, Verdict
 from convert_drafter.converters.verify.job import VerifyJob
 from convert_drafter.converters.verify.reports import html, report
@@ -39,19 +46,26 @@ def inspect_command(path: Path, target: Path | None, settings: dict[str, str], a
 
 
 @click.command("doctor")
-@click.argument("path", metavar="FILE", type=INPUT)
+@click.argument("path", metavar="DRAFTER", type=INPUT)
 @click.option("--target", type=INPUT, help="The target's Hugging Face folder or GGUF: is the file this target's?")
 @click.option("--source", type=INPUT, help="The checkpoint: are these its facts and its weights?")
+@plans_options
 @json_option
-def doctor_command(path: Path, target: Path | None, source: Path | None, as_json: bool) -> int:
+def doctor_command(path: Path, target: Path | None, source: Path | None, plans: Plans, as_json: bool) -> int:
     """Find every fault of a drafter's GGUF without running it: exit status 0 for none, 1 for faults.
+
+    Of a checkpoint's folder, what would go wrong in converting and serving it. Nothing is written or started.
 
     \b
     convert-drafter doctor dflash-Qwen3.6-27B-Q8_0.gguf --target Qwen3.6-27B --source Qwen3.6-27B-DFlash
+    convert-drafter doctor Qwen3.6-27B-DFlash --target Qwen3.6-27B --quant Q8_0 --parallel 4
     """
-    total = path.stat().st_size * (1 if source is None else 2) if path.is_file() else 0
-    with progress(path.name, total) as advance:
-        gates = doctor(path, target, source, on_bytes=advance)
+    if is_checkpoint(path) and source is None:
+        gates = preflight(path, target, plans)
+    else:
+        total = path.stat().st_size * (1 if source is None else 2) if path.is_file() else 0
+        with progress(path.name, total) as advance:
+            gates = doctor(path, target, source, on_bytes=advance) + beside_file(path, target, plans)
     emit(as_json, show_doctor.diagnosis_json(path, gates), lambda: plain(show_doctor.diagnosis(path, gates)))
     return int(any(gate.outcome is Outcome.FAIL for gate in gates))
 

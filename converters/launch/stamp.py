@@ -1,0 +1,51 @@
+"""A launch as plain data: what --json prints, and what a later `--against` reads (launch.schema.json)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from convert_drafter.converters.launch.launching import Launch
+
+SCHEMA, VERSION = "convert-drafter/launch", 1
+
+
+def stamp(decided: Launch) -> dict[str, Any]:
+    """What was asked, what it resolved to, and the files as they are now: size and time tell one that was replaced."""
+    server, request, resolved = decided.server, decided.request, decided.resolved
+    ngram = request.ngram
+    return {
+        "schema": SCHEMA,
+        "version": VERSION,
+        "engine": decided.engine,
+        "server": None if server is None else {"path": str(server.path.absolute()), "version": server.version},
+        "files": {"target": _file(decided.target), "drafter": _file(decided.drafter)},
+        "requested": {
+            "mode": request.mode,
+            "draft_length": request.draft_length,
+            "ngram": {"match": ngram.match, "shortest": ngram.shortest, "longest": ngram.longest},
+            "extra": list(request.extra),
+        },
+        "resolved": {
+            "mode": "+".join(resolved.ways) or None,
+            "spec_type": decided.spec_type,
+            "draft_length": resolved.draft_length,
+            "default": resolved.default,
+        },
+        "command": list(decided.words),
+        "line": decided.line,
+        "ready": decided.ready,
+        "remarks": [{"code": r.code, "text": r.text, "warning": r.warning} for r in decided.remarks],
+    }
+
+
+def _file(path: Path | None) -> dict[str, Any] | None:
+    """Its absolute path, size and time of change; a folder has neither."""
+    if path is None:
+        return None
+    state = path.stat() if path.is_file() else None
+    return {
+        "path": str(path.resolve()),
+        "bytes": None if state is None else state.st_size,
+        "modified_ns": None if state is None else state.st_mtime_ns,
+    }
