@@ -23,7 +23,7 @@ FLOORS = {
     3: ["ops", "recipe_rules", "recipes", "type_choice", "plan", "provenance", "token_ids"],
     4: ["drafters", "dialects"],
     5: [
-        *("convert", "attach", "launch", "inspection", "drafter_file", "quantize", "redialect", "verify"),
+        *("convert", "attach", "launch", "inspection", "drafter_file", "quantize", "redialect", "verify", "scan"),
         *("structure", "loader_keys", "tokenizer_faults", "tensor_errors", "source_facts"),
         *("against_source", "pairing", "doctor"),
     ],

@@ -1,0 +1,169 @@
+"""Pairing drafters with targets: what a file records of its target first, shapes and vocabulary second, names last.
+
+A drafter of the wrong generation fits by its shapes and is accepted nearly as often (T-61), so a pair is only stated
+where exactly one target is left, and never against what a file records or its name says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+
+from convert_drafter.converters.errors import DrafterError
+from convert_drafter.converters.model_key import model_words, normalize_model_key, path_words
+from convert_drafter.converters.scan.catalog import Named
+from convert_drafter.converters.scan.found import Artifact, Candidate, Model, Pair, Shape, What
+from convert_drafter.converters.target import read_target, target_tokenizer
+
+INSIDE, RECORDED, CATALOG, SHAPES, NAME = "inside", "recorded", "catalog", "shapes", "name"
+Hash = Callable[[Path], str | None]
+
+
+def pair(models: Sequence[Model], named: Sequence[Named] = ()) -> tuple[Pair, ...]:
+    """A pair for every drafter: those inside their target, then each drafter of its own with its target or without."""
+    targets = [model for model in models if model.what is What.TARGET]
+    hash_of = cache(_vocabulary_of_folder)
+    inside = [
+        Pair(variant, model, INSIDE, ("an MTP head in its target's own files",))
+        for model in targets
+        for variant in model.variants
+        if variant.head is not None
+    ]
+    apart = [variant for model in models if model.what is What.DRAFTER for variant in model.variants]
+    return (*inside, *(_pair(drafter, targets, named, hash_of) for drafter in apart))
+
+
+def _pair(drafter: Artifact, targets: Sequence[Model], named: Sequence[Named], hash_of: Hash) -> Pair:
+    judged = [_judge(drafter, target, hash_of) for target in targets]
+    fitting = [each for each in judged if not each.against]
+    if drafter.recorded:
+        return _by_record(drafter, judged, fitting)
+    if parents := {parent for each in named if each.drafter == _key(drafter) for parent in each.parents}:
+        listed = [each for each in fitting if each.target.key in parents]
+        if len(listed) == 1:
+            return Pair(drafter, listed[0].target, CATALOG, ("the catalog names it as its drafter", *listed[0].fits))
+    return _by_shape(drafter, judged, fitting)
+
+
+def _key(drafter: Artifact) -> str:
+    return normalize_model_key(drafter.path.name if drafter.format == "gguf" else drafter.name)
+
+
+def _by_record(drafter: Artifact, judged: Sequence[Candidate], fitting: Sequence[Candidate]) -> Pair:
+    """Only a target that is the recorded one; others that fit are told, and not taken for it."""
+    said = drafter.recorded.get("repository") or drafter.recorded.get("name") or "a target"
+    same = [each for each in fitting if _is_recorded(drafter, each.target)]
+    if len(same) == 1:
+        return Pair(drafter, same[0].target, RECORDED, (f"it records that it was made for {said}", *same[0].fits))
+    if len(same) > 1:
+        return Pair(
+            drafter, None, "", (f"it was made for {said}, and {len(same)} targets here may be that",), tuple(same)
+        )
+    wrong = [each for each in judged if each.against and _is_recorded(drafter, each.target)]
+    if wrong:
+        return Pair(
+            drafter, None, "", (f"it records {said}, but does not fit what is here under this name",), tuple(wrong)
+        )
+    return Pair(drafter, None, "", (f"it was made for {said}, which is not here",), _told(judged))
+
+
+def _is_recorded(drafter: Artifact, target: Model) -> bool:
+    """The same repository where both tell one, else the same name."""
+    repository = drafter.recorded.get("repository", "")
+    theirs = {each.repository for each in target.variants if each.repository}
+    if "/" in repository and theirs:
+        return repository in theirs
+    name = path_words(repository) or drafter.recorded.get("name", "")
+    return bool(name) and normalize_model_key(name) in {target.key, *(_own_key(each) for each in target.variants)}
+
+
+def _own_key(target: Artifact) -> str:
+    return normalize_model_key(target.name)
+
+
+def _by_shape(drafter: Artifact, judged: Sequence[Candidate], fitting: Sequence[Candidate]) -> Pair:
+    """By shapes and vocabulary; names choose among several, or alone where no shape is known."""
+    shaped = [each for each in fitting if len(each.fits) > 1]  # one number alone is a coincidence
+    named = _most_specific(drafter, shaped or fitting)
+    if len(named) == 1:
+        chosen = named[0]
+        shared = f"named after {chosen.target.name}"
+        return Pair(drafter, chosen.target, SHAPES if shaped else NAME, (*chosen.fits, shared))
+    if len(shaped) == 1 and not _differ(drafter, shaped[0].target):
+        return Pair(drafter, shaped[0].target, SHAPES, shaped[0].fits)
+    if len(shaped) == 1:
+        return Pair(drafter, None, "", ("its name is of another model than the one target that fits",), tuple(shaped))
+    if shaped:
+        return Pair(drafter, None, "", (f"{len(shaped)} targets fit: which is it?",), tuple(shaped))
+    return Pair(drafter, None, "", ("no target here fits",), _told(judged))
+
+
+def _told(judged: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    """Those worth showing: with something that speaks for them."""
+    return tuple(each for each in judged if len(each.fits) > 1)
+
+
+def _most_specific(drafter: Artifact, candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Targets all of whose name is in the drafter's, those with the longest such name."""
+    words = model_words(drafter.name)
+    within = [each for each in candidates if (own := model_words(each.target.name)) and own <= words]
+    longest = max((len(model_words(each.target.name)) for each in within), default=0)
+    return [each for each in within if len(model_words(each.target.name)) == longest]
+
+
+def _differ(drafter: Artifact, target: Model) -> bool:
+    """Whether both have a model's name and neither is a part of the other."""
+    ours, theirs = model_words(drafter.name), model_words(target.name)
+    return bool(ours and theirs) and not (ours <= theirs or theirs <= ours)
+
+
+# --- shapes ---
+
+
+def _judge(drafter: Artifact, target: Model, hash_of: Hash) -> Candidate:
+    """What of their shapes and vocabularies agrees, and what does not; the vocabulary is asked where all else fits."""
+    fits, against = list[str](), list[str]()
+    ours, theirs = drafter.shape, _shape(target)
+    for what, one, other in (
+        ("hidden size", ours.hidden_size, theirs.hidden_size),
+        ("layers", ours.depth, theirs.depth),
+        ("vocabulary", ours.vocab_size, theirs.vocab_size),
+    ):
+        if one is not None and other is not None:
+            unit = " tokens" if what == "vocabulary" else ""
+            same = f"{what} {one}{unit}"
+            (fits if one == other else against).append(same if one == other else f"{same}, the target {other}")
+    if ours.captures and theirs.depth is not None and max(ours.captures) >= theirs.depth:
+        against.append(f"reads layer {max(ours.captures)}, the target has {theirs.depth} layers, counted from 0")
+    if not against and ours.vocab_sha256 and fits:
+        hashes = {each for each in _hashes(target, hash_of) if each}
+        if ours.vocab_sha256 in hashes:
+            fits.append("the same tokens")
+        elif hashes:
+            against.append("other tokens")
+    return Candidate(target, tuple(fits), tuple(against))
+
+
+def _shape(target: Model) -> Shape:
+    """Of all copies the first that tells each number."""
+    shapes = [variant.shape for variant in target.variants]
+
+    def first(name: str) -> int | None:
+        return next((value for shape in shapes if (value := getattr(shape, name)) is not None), None)
+
+    return Shape(first("hidden_size"), first("depth"), first("vocab_size"))
+
+
+def _hashes(target: Model, hash_of: Hash) -> Iterator[str | None]:
+    """Of the copies' tokens; a folder's tokenizer is read only where no GGUF tells."""
+    stored = [variant.shape.vocab_sha256 for variant in target.variants if variant.shape.vocab_sha256]
+    folders = [variant.path for variant in target.variants if variant.format == "safetensors"]
+    yield from stored or map(hash_of, folders)
+
+
+def _vocabulary_of_folder(folder: Path) -> str | None:
+    try:
+        return target_tokenizer(folder, read_target(folder).vocab_size).vocab_sha256
+    except DrafterError:
+        return None
