@@ -206,11 +206,12 @@ def skim_gguf(path: Path) -> GGUFFile:
     keys = {key: entry for key, entry in file.keys.items() if key not in skipped}
     count = keys.get(SPLIT_COUNT)
     parts = count.value if count is not None and isinstance(count.value, int) else 1
-    file = replace(file, keys=keys, skipped=skipped, parts=max(1, parts))
+    offsets, fault = dict[str, int](), ""
     try:
-        return replace(file, offsets=_offsets(cursor, file.tensors, relative, file.alignment))
+        offsets = _offsets(cursor, file.tensors, relative, file.alignment)
     except WrongInput as error:
-        return replace(file, fault=str(error).removeprefix(f"{path}: "))
+        fault = str(error).removeprefix(f"{path}: ")
+    return GGUFFile(path, file.version, file.alignment, keys, file.tensors, offsets, skipped, fault, max(1, parts))
 
 
 def _read(path: Path, walker: type[_Cursor]) -> tuple[GGUFFile, _Cursor, list[int]]:

@@ -6,6 +6,7 @@ A name never decides what a file is; it tells apart what headers cannot.
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 # One trailing word of a name that says how its weights are stored, and nothing about which weights they are.
 _STORAGE = re.compile(
@@ -37,6 +38,7 @@ def normalize_model_key(name: str) -> str:
     return split_name(name)[0]
 
 
+@lru_cache(2**14)  # a scan asks for the same names again and again
 def split_name(name: str) -> tuple[str, tuple[str, ...]]:
     """(key, the words that were taken off its end, as the name spells them and in its order)."""
     text, taken = name.strip(), list[str]()
@@ -65,6 +67,7 @@ def storage_label(name: str) -> str:
     return "-".join(word for word in split_name(name)[1] if word.lower() not in ("gguf", "fused", "mlx"))
 
 
+@lru_cache(2**14)
 def model_words(name: str) -> frozenset[str]:
     """The words of a model's name, without those for storage and for the part it plays; empty for `model.gguf`."""
     words = re.split(r"[-_ /]+", normalize_model_key(name))

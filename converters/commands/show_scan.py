@@ -62,14 +62,23 @@ def _count(number: int, one: str, many: str = "") -> str:
 
 
 def _model(model: Model, root: Path, pairs: Mapping[Path, Pair]) -> Iterator[str]:
-    told = [_target(pairs[each.path]) for each in model.variants if each.path in pairs]
-    alike = len(set(told)) == 1
-    yield from _wrapped(": ".join(filter(None, (model.name, _what(model), told[0] if alike else ""))), "  ", "    ")
+    own = [pairs[each.path] for each in model.variants if each.path in pairs]
+    together = _together(own)
+    told = "" if together is None else _target(together)
+    yield from _wrapped(": ".join(filter(None, (model.name, _what(model), told))), "  ", "    ")
     for each in model.variants:
         yield from _columns(each, root)
-        if each.path in pairs and not alike:
+        if each.path in pairs and together is None:
             yield from _wrapped(_target(pairs[each.path]), " " * 6, " " * 8)
         yield from _remarks(each)
+
+
+def _together(pairs: Sequence[Pair]) -> Pair | None:
+    """What is said once for all copies of a drafter: the same target, by what tells it best, or the same reason."""
+    best = min(pairs, key=lambda pair: [*BASES, ""].index(pair.basis), default=None)
+    if best is None or any(pair.target is not best.target for pair in pairs):
+        return None
+    return best if best.target or len({_target(pair) for pair in pairs}) == 1 else None
 
 
 def _what(model: Model) -> str:
@@ -134,8 +143,12 @@ def _below(path: Path, root: Path) -> str:
 
 
 def _folded(text: str, width: int) -> Sequence[str]:
-    """As wide as there is room; a word that is longer goes on in the next line."""
-    return textwrap.wrap(text, width, drop_whitespace=False) or [""]
+    """A path over several lines, parted behind a slash where there is one far enough to the right."""
+    lines = [text]
+    while len(lines[-1]) > width:
+        cut = lines[-1].rfind("/", width // 2, width) + 1 or width
+        lines[-1:] = [lines[-1][:cut], lines[-1][cut:]]
+    return lines
 
 
 def _wrapped(text: str, first: str, rest: str = "") -> Sequence[str]:

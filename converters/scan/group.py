@@ -32,14 +32,15 @@ def _key(artifact: Artifact) -> str:
 
 def _alike(artifacts: Sequence[Artifact]) -> Iterator[list[Artifact]]:
     """Parts whose shapes agree; one that does not tell its own goes with the others if they are one."""
-    parts: list[list[Artifact]] = []
+    parts: list[tuple[Print, list[Artifact]]] = []
     for artifact in sorted(artifacts, key=lambda each: _print(each).count(None)):
-        fitting = [part for part in parts if all(_agree(_print(artifact), _print(other)) for other in part)]
+        mark = _print(artifact)
+        fitting = [i for i, (other, _) in enumerate(parts) if _agree(mark, other)]
         if len(fitting) == 1:
-            fitting[0].append(artifact)
+            parts[fitting[0]][1].append(artifact)
         else:
-            parts.append([artifact])
-    for part in parts:
+            parts.append((mark, [artifact]))
+    for _, part in parts:
         yield sorted(part, key=lambda each: (-each.n_bytes, str(each.path)))
 
 

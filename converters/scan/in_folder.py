@@ -21,7 +21,6 @@ from convert_drafter.converters.errors import DrafterError, Problems, WrongInput
 from convert_drafter.converters.json_text import json_object
 from convert_drafter.converters.model_key import model_words, path_words, plays_a_part, split_name, storage_label
 from convert_drafter.converters.plan import plain_name
-from convert_drafter.converters.provenance import source_of
 from convert_drafter.converters.scan.found import Artifact, By, Head, Shape, What
 from convert_drafter.converters.scan.walk import Place
 from convert_drafter.converters.target import read_target
@@ -48,7 +47,7 @@ class Contents:
 def describe_folder(place: Place, n_bytes: int) -> Artifact:
     """The artifact in this folder, whatever is wrong with it."""
     folder, contents = place.path, _contents(place)
-    repository, revision = source_of(folder)
+    repository, revision = place.origin
     name = _name(folder, repository)
     artifact = Artifact(
         folder, FORMAT, place.files, n_bytes, _spelled(name), What.UNKNOWN, By.NAME,
@@ -177,7 +176,7 @@ def _beside(target: Artifact, contents: Contents) -> Artifact:
 
 
 def _head_alone(artifact: Artifact, contents: Contents) -> Artifact:
-    return _drafter(artifact, contents, "", ())
+    return _drafter(artifact, contents, "MTP head", ())
 
 
 def _drafter(artifact: Artifact, contents: Contents, kind: str, notes: Iterable[str]) -> Artifact:

@@ -18,7 +18,6 @@ from convert_drafter.converters.gguf_read import GGUFFile, skim_gguf
 from convert_drafter.converters.loader_keys import VOCAB_HASH
 from convert_drafter.converters.model_key import model_words, plays_a_part, split_name, storage_label
 from convert_drafter.converters.pairing import NOTED
-from convert_drafter.converters.provenance import source_of
 from convert_drafter.converters.recipe_rules import layer_of
 from convert_drafter.converters.roles import Role
 from convert_drafter.converters.scan.found import Artifact, By, Head, Shape, What
@@ -72,7 +71,8 @@ def describe_gguf(place: Place, n_bytes: int) -> Artifact:
         file, faults = _whole(place)
     except WrongInput as error:
         what = What.DRAFTER if plays_a_part(label) else What.UNKNOWN
-        return replace(blank, what=what, name=_plain(label), faults=(*absent, *_lines(error, place.path)))
+        faults = [line if ";" in line else f"{line}; {AGAIN}" for line in _lines(error, place.path)]
+        return replace(blank, what=what, name=_plain(label), faults=(*absent, *faults))
     kind = _kind(file, label)
     complete = not place.absent and not faults
     known = replace(
@@ -84,8 +84,8 @@ def describe_gguf(place: Place, n_bytes: int) -> Artifact:
         architecture=_text(file.keys, ARCHITECTURE) or "",
         runtime="" if kind.cell is None or kind.what is not What.DRAFTER else kind.cell.runtime,
         head=kind.head,
-        repository=source_of(place.path.parent)[0],
-        revision=source_of(place.path.parent)[1],
+        repository=place.origin[0],
+        revision=place.origin[1],
         recorded={key.removeprefix(NOTED): str(e.value) for key, e in file.keys.items() if key.startswith(NOTED)},
         quant=blank.quant or _quant(file),
         faults=(*absent, *faults, *kind.faults),
@@ -125,9 +125,11 @@ def _kind(file: GGUFFile, label: str) -> Kind:
     if any(EH_PROJ in name for name in file.tensors):
         return _with_other_head(file, arch)
     if arch in LOADED:
-        return Kind(What.DRAFTER, By.HEADER, notes=(f"{LOADED[arch]} loads {arch}; this converter does not make it",))
+        return Kind(
+            What.DRAFTER, By.HEADER, arch, notes=(f"{LOADED[arch]} loads {arch}; this converter does not make it",)
+        )
     if FOREIGN.search(arch):
-        return Kind(What.DRAFTER, By.HEADER, faults=(_foreign(arch),))
+        return Kind(What.DRAFTER, By.HEADER, arch, faults=(_foreign(arch),))
     return _target(file, arch, label)
 
 
@@ -142,7 +144,7 @@ def _with_other_head(file: GGUFFile, arch: str) -> Kind:
     note = f"an MTP head of {arch}, which this converter does not make; llama.cpp may load it"
     if any(layer_of(name) == 0 for name in file.tensors):
         return Kind(What.TARGET, By.TENSORS, head=Head("", note))
-    return Kind(What.DRAFTER, By.TENSORS, notes=(note,))
+    return Kind(What.DRAFTER, By.TENSORS, f"MTP head of {arch}", notes=(note,))
 
 
 def _target(file: GGUFFile, arch: str, label: str) -> Kind:

@@ -21,7 +21,8 @@ UNITS = ("B", "kB", "MB", "GB", "TB")
 def check_sizes(variants: Sequence[Artifact]) -> tuple[Artifact, ...]:
     """The copies of one model with what their sizes betray: a head of 0.9 GB has no quant of 0.3 MB."""
     largest = max(variants, key=lambda variant: variant.weights or 0)
-    return tuple(replace(each, faults=(*each.faults, *_size_faults(each, largest))) for each in variants)
+    found = [(each, tuple(_size_faults(each, largest))) for each in variants]
+    return tuple(replace(each, faults=(*each.faults, *faults)) if faults else each for each, faults in found)
 
 
 def _size_faults(variant: Artifact, largest: Artifact) -> Iterator[str]:

@@ -23,7 +23,7 @@ Hash = Callable[[Path], str | None]
 def pair(models: Sequence[Model], named: Sequence[Named] = ()) -> tuple[Pair, ...]:
     """A pair for every drafter: those inside their target, then each drafter of its own with its target or without."""
     targets = [model for model in models if model.what is What.TARGET]
-    hash_of = cache(_vocabulary_of_folder)
+    known = _Targets(targets)
     inside = [
         Pair(variant, model, INSIDE, ("an MTP head in its target's own files",))
         for model in targets
@@ -31,11 +31,35 @@ def pair(models: Sequence[Model], named: Sequence[Named] = ()) -> tuple[Pair, ..
         if variant.head is not None
     ]
     apart = [variant for model in models if model.what is What.DRAFTER for variant in model.variants]
-    return (*inside, *(_pair(drafter, targets, named, hash_of) for drafter in apart))
+    return (*inside, *(_pair(drafter, known, named) for drafter in apart))
 
 
-def _pair(drafter: Artifact, targets: Sequence[Model], named: Sequence[Named], hash_of: Hash) -> Pair:
-    judged = [_judge(drafter, target, hash_of) for target in targets]
+class _Targets:
+    """Targets with their shapes, by hidden size: few of many have to be held against a drafter."""
+
+    def __init__(self, targets: Sequence[Model]) -> None:
+        self.hash_of: Hash = cache(_vocabulary_of_folder)
+        self.shapes = [(target, _shape(target)) for target in targets]
+        self.by_width: dict[int | None, list[tuple[Model, Shape]]] = {}
+        self.by_key: dict[str, list[tuple[Model, Shape]]] = {}
+        for target, shape in self.shapes:
+            self.by_width.setdefault(shape.hidden_size, []).append((target, shape))
+            for key in {target.key, *(_own_key(each) for each in target.variants)}:
+                self.by_key.setdefault(key, []).append((target, shape))
+
+    def near(self, drafter: Artifact) -> list[tuple[Model, Shape]]:
+        """Those of its width or of none that is known, and those that it records."""
+        width = drafter.shape.hidden_size
+        if width is None:
+            return self.shapes
+        recorded = (path_words(drafter.recorded.get(word, "")) for word in ("repository", "name"))
+        others = [each for name in recorded if name for each in self.by_key.get(normalize_model_key(name), ())]
+        every = [*self.by_width.get(width, ()), *self.by_width.get(None, ()), *others]
+        return list({id(target): (target, shape) for target, shape in every}.values())
+
+
+def _pair(drafter: Artifact, targets: _Targets, named: Sequence[Named]) -> Pair:
+    judged = [_judge(drafter, target, shape, targets.hash_of) for target, shape in targets.near(drafter)]
     fitting = [each for each in judged if not each.against]
     if drafter.recorded:
         return _by_record(drafter, judged, fitting)
@@ -121,10 +145,10 @@ def _differ(drafter: Artifact, target: Model) -> bool:
 # --- shapes ---
 
 
-def _judge(drafter: Artifact, target: Model, hash_of: Hash) -> Candidate:
+def _judge(drafter: Artifact, target: Model, theirs: Shape, hash_of: Hash) -> Candidate:
     """What of their shapes and vocabularies agrees, and what does not; the vocabulary is asked where all else fits."""
     fits, against = list[str](), list[str]()
-    ours, theirs = drafter.shape, _shape(target)
+    ours = drafter.shape
     for what, one, other in (
         ("hidden size", ours.hidden_size, theirs.hidden_size),
         ("layers", ours.depth, theirs.depth),

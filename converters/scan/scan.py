@@ -53,7 +53,14 @@ def scan(root: Path, catalog: Path | None = None, watch: Watch = lambda phase, d
     named = drafters_named(said)
     stated_of, keys = stated(said), frozenset(each.drafter for each in named)
     models = group(_marked(with_redialect(each), stated_of, keys) for each in artifacts.values())
-    return Scan(root, models, pair(models, named), tuple(walk.skipped), catalog, tuple(_unfound(models, named)))
+    return Scan(
+        root,
+        models,
+        pair(models, named),
+        tuple(sorted(walk.skipped, key=lambda each: each.path)),
+        catalog,
+        tuple(_unfound(models, named)),
+    )
 
 
 def _add(artifacts: dict[tuple[tuple[int, int], ...], Artifact], place: Place, skipped: list[Skipped]) -> None:

@@ -10,11 +10,12 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from convert_drafter.converters.errors import WrongInput
 from convert_drafter.converters.json_text import json_object
+from convert_drafter.converters.provenance import source_of
 from convert_drafter.converters.scan.found import Skipped
 from convert_drafter.converters.weight_files import INDEX, WEIGHTS
 
@@ -30,7 +31,8 @@ MANIFEST_LIMIT = 2**20  # bytes
 class Place:
     """Files that are one artifact: a folder of safetensors, or a GGUF with the parts it was split into.
 
-    `name` is what a manifest calls it; `absent` are the parts that are not there.
+    `name` is what a manifest calls it; `absent` are the parts that are not there; `origin` is repository and revision
+    on the hub, as far as the folder tells.
     """
 
     path: Path
@@ -38,6 +40,7 @@ class Place:
     folder: bool
     name: str = ""
     absent: tuple[str, ...] = ()
+    origin: tuple[str | None, str | None] = (None, None)
 
 
 @dataclass
@@ -98,10 +101,14 @@ class Walk:
 
 
 def _artifacts(folder: Path, files: list[Path], indexed: bool) -> Iterator[Place]:
+    if not files and not indexed:
+        return
+    origin = source_of(folder)
     weights = tuple(path for path in files if path.name.lower().endswith(WEIGHTS) and path.name[0] != ".")
     if weights or indexed:  # an index without any of its shards is a checkpoint that misses all of them
-        yield Place(folder, weights, folder=True)
-    yield from _ggufs([path for path in files if path.name.lower().endswith(GGUF)])
+        yield Place(folder, weights, folder=True, origin=origin)
+    for place in _ggufs([path for path in files if path.name.lower().endswith(GGUF)]):
+        yield replace(place, origin=origin)
     blobs = [path for path in files if BLOB.fullmatch(path.name) and _begins_as_gguf(path)]
     names = _manifest_names(folder.parent / "manifests") if blobs else {}
     for path in blobs:
