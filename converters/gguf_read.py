@@ -155,7 +155,7 @@ class _Cursor:
 class _Skimmer(_Cursor):
     """Walks over long lists without decoding them, and takes a part of a model for what it is."""
 
-    at_once, whole = 2**16, False
+    at_once, whole = 2**14, False
 
     def __init__(self, path: Path, file: BufferedReader) -> None:
         super().__init__(path, file)

@@ -38,6 +38,7 @@ OUTSIDE = {Role.TOKEN_EMBEDDING.value, Role.OUTPUT.value}  # some files carry th
 EH_PROJ = ".nextn.eh_proj."
 MOST = 3  # faults of one file that are told here; `doctor` tells all
 AGAIN = "download it again"
+EMPTY = f"no tensor in it, only metadata: convert it again, or {AGAIN}"
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def _with_other_head(file: GGUFFile, arch: str) -> Kind:
 
 def _target(file: GGUFFile, arch: str, label: str) -> Kind:
     key = f"{arch}.nextn_predict_layers"
-    faults = [] if file.tensors else ["no tensor in it, only metadata: convert it again, or " + AGAIN]
+    faults = [] if file.tensors else [EMPTY]
     if file.tensors and file.parts == 1 and _number(file.keys, key):
         stop = "llama.cpp stops at the first of them; use a copy with its head, or convert again without the key"
         faults.append(f"{key}: found {file.keys[key].value}, but no tensor of an MTP head: {stop}")
@@ -197,6 +198,7 @@ def _with_survey(artifact: Artifact, file: GGUFFile, cell: Cell, shape: Shape, c
     except WrongInput as error:
         return replace(artifact, shape=shape, faults=(*artifact.faults, *_lines(error, artifact.path)))
     faults = [finding.text for finding in found.findings if finding.fault] if complete else []
+    faults = faults if file.tensors else [EMPTY]
     more = [f"and {len(faults) - MOST} more: convert-drafter doctor shows all"] if len(faults) > MOST else []
     facts: Mapping[str, Any] = found.facts
     known = replace(

@@ -61,7 +61,7 @@ class _Targets:
 def _pair(drafter: Artifact, targets: _Targets, named: Sequence[Named]) -> Pair:
     judged = [_judge(drafter, target, shape, targets.hash_of) for target, shape in targets.near(drafter)]
     fitting = [each for each in judged if not each.against]
-    if drafter.recorded:
+    if _records(drafter):
         return _by_record(drafter, judged, fitting)
     if parents := {parent for each in named if each.drafter == _key(drafter) for parent in each.parents}:
         listed = [each for each in fitting if each.target.key in parents]
@@ -90,6 +90,11 @@ def _by_record(drafter: Artifact, judged: Sequence[Candidate], fitting: Sequence
             drafter, None, "", (f"it records {said}, but does not fit what is here under this name",), tuple(wrong)
         )
     return Pair(drafter, None, "", (f"it was made for {said}, which is not here",), _told(judged))
+
+
+def _records(drafter: Artifact) -> bool:
+    """Whether it notes a target by a repository, or by a name that is a model's; `target` is everybody's."""
+    return any(model_words(path_words(drafter.recorded.get(word, ""))) for word in ("repository", "name"))
 
 
 def _is_recorded(drafter: Artifact, target: Model) -> bool:
@@ -137,9 +142,15 @@ def _most_specific(drafter: Artifact, candidates: Sequence[Candidate]) -> list[C
 
 
 def _differ(drafter: Artifact, target: Model) -> bool:
-    """Whether both have a model's name and neither is a part of the other."""
-    ours, theirs = model_words(drafter.name), model_words(target.name)
-    return bool(ours and theirs) and not (ours <= theirs or theirs <= ours)
+    """Whether both are called after a model and neither name is a part of the other."""
+    ours = _own_words(drafter)
+    theirs = [_own_words(each) for each in target.variants]
+    return bool(ours) and all(words and not (ours <= words or words <= ours) for words in theirs)
+
+
+def _own_words(artifact: Artifact) -> frozenset[str]:
+    """Of its repository's or its own path's name; a folder above it says nothing against a pair."""
+    return model_words(path_words(artifact.repository or "") or artifact.path.name)
 
 
 # --- shapes ---
