@@ -95,7 +95,7 @@ def _target(pair: Pair) -> str:
     if pair.target is not None:
         return f"for {pair.target.name}, {BASES[pair.basis]}"
     names = ", ".join(each.target.name for each in pair.candidates)
-    return f"no target: {'; '.join(pair.evidence)}{f' ({names})' if names else ''}"
+    return f"{'; '.join(pair.evidence)}{f' ({names})' if names else ''}"
 
 
 def _columns(each: Artifact, root: Path) -> Iterator[str]:

@@ -188,7 +188,7 @@ def _drafter(artifact: Artifact, contents: Contents, kind: str, notes: Iterable[
     try:
         spec = read_published(artifact.path).spec
     except DrafterError as error:
-        note = f"`convert` needs more than its config says: {_reason(artifact.path, error)}"
+        note = f"`convert` refuses it as it is: {_reason(artifact.path, error)}"
         return replace(known, shape=_shape_of_config(contents), notes=(note,))
     shape = Shape(
         spec.target_hidden_size, spec.target_layer_count, spec.vocab_size, None, spec.capture_layers, spec.layer_count
