@@ -291,6 +291,24 @@ def test_unreadable_folders_and_links_in_a_circle(tmp_path: Path) -> None:
     assert "whose models are listed there" in reasons["again"] and "a link to nothing" in reasons["self.gguf"]
 
 
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    for name in ("p.gguf", "p.safetensors", f"sha256-{'0' * 64}"):
+        os.mkfifo(tmp_path / name)
+    found = scan(tmp_path)
+    assert not found.artifacts and {each.reason for each in found.skipped} == {"a device or a pipe, expected a file"}
+
+
+def test_a_folder_that_may_be_listed_and_not_entered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_gguf(tmp_path / "m.gguf")
+
+    def refuse(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    found = scan(tmp_path)
+    assert [each.reason for each in found.skipped] == ["cannot be read: Permission denied"]
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [

@@ -167,6 +167,14 @@ def test_a_name_alone(tmp_path: Path) -> None:
     assert (name_of(pair), pair.basis, pair.evidence) == ("Qwen3-Tiny", "name", ("named after Qwen3-Tiny",))
 
 
+def test_a_name_of_two(tmp_path: Path) -> None:
+    small_gguf(tmp_path / "Qwen3-Tiny-DSpark.gguf", "dspark")
+    for width in (32, 64):
+        small_gguf(tmp_path / str(width) / "Qwen3-Tiny.gguf", arch__embedding_length=width, arch__block_count=1)
+    pair = pair_of(tmp_path)
+    assert pair.target is None and pair.evidence == ("2 targets have its name: which is it?",)
+
+
 @pytest.mark.parametrize("name", ["mtp-Qwen3-Tiny-Q8_0", "Qwen3-Tiny-MTP", "dflash-Qwen3-Tiny-BF16"])
 def test_both_conventions_of_names(tmp_path: Path, name: str) -> None:
     """A0-7, D0: the role word before or behind."""

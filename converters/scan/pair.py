@@ -125,6 +125,8 @@ def _by_shape(drafter: Artifact, judged: Sequence[Candidate], fitting: Sequence[
         return Pair(drafter, None, "", ("its name is of another model than the one target that fits",), tuple(shaped))
     if shaped:
         return Pair(drafter, None, "", (f"{len(shaped)} targets fit: which is it?",), tuple(shaped))
+    if named:
+        return Pair(drafter, None, "", (f"{len(named)} targets have its name: which is it?",), tuple(named))
     return Pair(drafter, None, "", ("no target here fits",), _told(judged))
 
 

@@ -94,16 +94,26 @@ class Walk:
             return False
         if not entry.name.lower().endswith((GGUF, WEIGHTS)) and not BLOB.fullmatch(entry.name):
             return False
-        if entry.is_symlink() and not path.exists():
-            self.skipped.append(Skipped(path, f"a link to nothing ({_aim(path)}): download it again or remove it"))
-            return False
-        return True
+        try:
+            wrong = _unusable(path)
+        except OSError as error:
+            wrong = f"cannot be read: {error.strerror or error}"
+        if wrong:
+            self.skipped.append(Skipped(path, wrong))
+        return not wrong
+
+
+def _unusable(path: Path) -> str:
+    """Why a file's bytes cannot be asked for; a pipe would be waited for without end."""
+    if not path.exists():
+        return f"a link to nothing ({_aim(path)}): download it again or remove it"
+    return "" if path.is_file() else "a device or a pipe, expected a file"
 
 
 def _artifacts(folder: Path, files: list[Path], indexed: bool) -> Iterator[Place]:
     if not files and not indexed:
         return
-    origin = source_of(folder)
+    origin = _origin(folder)
     weights = tuple(path for path in files if path.name.lower().endswith(WEIGHTS) and path.name[0] != ".")
     if weights or indexed:  # an index without any of its shards is a checkpoint that misses all of them
         yield Place(folder, weights, folder=True, origin=origin)
@@ -113,6 +123,13 @@ def _artifacts(folder: Path, files: list[Path], indexed: bool) -> Iterator[Place
     names = _manifest_names(folder.parent / "manifests") if blobs else {}
     for path in blobs:
         yield Place(path, (path,), folder=False, name=names.get(path.name.replace("-", ":", 1), ""))
+
+
+def _origin(folder: Path) -> tuple[str | None, str | None]:
+    try:
+        return source_of(folder)
+    except OSError:  # notes of a download that may not be read
+        return None, None
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
