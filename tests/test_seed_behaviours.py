@@ -37,8 +37,8 @@ from convert_drafter.converters import (
     WrongInput,
     convert,
     prepare,
-    show,
 )
+from convert_drafter.converters.commands import show
 from convert_drafter.converters.convert import launch_command, read_published
 from convert_drafter.converters.dialects import RUNTIMES, find_cell, lucebox, objections, read, write
 from convert_drafter.converters.gguf_file import KeyValue, write_gguf
