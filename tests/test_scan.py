@@ -46,7 +46,7 @@ def test_every_quant_of_a_model_stands_under_one_entry(found: Scan) -> None:
     assert (target.key, target.name) == ("qwen3-tiny", "Qwen3-Tiny")
     assert sorted(each.quant for each in target.variants) == ["BF16", "F32", "Q8_0"]
     drafter = next(model for model in found.models if model.kind == "dflash" and len(model.variants) > 1)
-    assert {each.quant for each in drafter.variants} == {"BF16", "Q8_0"}
+    assert {each.quant for each in drafter.variants} == {"BF16", "Q8_0", "Q4_K_M"}  # one of them cut short
     assert {each.format for each in drafter.variants} == {"gguf", "safetensors"}
     listed = {path for each in found.artifacts for path in each.files}
     here = [path for path in found.root.rglob("*") if path.suffix in (".gguf", ".safetensors") and path.exists()]

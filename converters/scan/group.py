@@ -36,12 +36,20 @@ def _alike(artifacts: Sequence[Artifact]) -> Iterator[list[Artifact]]:
     for artifact in sorted(artifacts, key=lambda each: _print(each).count(None)):
         mark = _print(artifact)
         fitting = [i for i, (other, _) in enumerate(parts) if _agree(mark, other)]
+        if len(fitting) > 1:
+            fitting = [i for i in fitting if _namesake(artifact, parts[i][1])] or fitting
         if len(fitting) == 1:
             parts[fitting[0]][1].append(artifact)
         else:
             parts.append((mark, [artifact]))
     for _, part in parts:
         yield sorted(part, key=lambda each: (-each.n_bytes, str(each.path)))
+
+
+def _namesake(artifact: Artifact, part: Sequence[Artifact]) -> bool:
+    """Whether another has the same name with the word for its kind, which says more where nothing else does."""
+    own = normalize_model_key(artifact.name)
+    return any(normalize_model_key(each.name) == own for each in part)
 
 
 def _print(artifact: Artifact) -> Print:
