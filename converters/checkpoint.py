@@ -105,7 +105,7 @@ def open_checkpoint(source: Path, select: Select = everything) -> Checkpoint:
         config_path = find_config(source, found.folder)
         config = json_object(str(config_path), config_path.read_bytes())
     problems = missing_parts(found.files) if found.weight_map is None else []
-    read = {file.name: read_header(file, problems) for file in found.files}
+    read = {file.name: _read_header(file, problems) for file in found.files}
     headers = {name: tensors for name, (tensors, _) in read.items()}
     # After a damaged header its tensors would show again, as absent ones.
     if problems := problems or _misplaced(found.weight_map, headers):
@@ -121,6 +121,11 @@ def open_checkpoint(source: Path, select: Select = everything) -> Checkpoint:
     return Checkpoint(
         config_path.parent, config_path, config, tensors, found.files, digests, found.unused, others=others
     )
+
+
+def header_of(path: Path) -> Headers:
+    """The tensors that can be read of one file's header; what is wrong with it is said by `open_checkpoint`."""
+    return _read_header(path, [])[0]
 
 
 def read_rows(tensor: TensorHeader, start: int, stop: int) -> Array:
@@ -155,7 +160,7 @@ def row_ranges(tensor: TensorHeader, max_bytes: int, together: int = 1) -> Itera
     return ((start, min(start + step, tensor.rows)) for start in range(0, tensor.rows, step))
 
 
-def read_header(path: Path, problems: list[str]) -> tuple[Headers, str]:
+def _read_header(path: Path, problems: list[str]) -> tuple[Headers, str]:
     """The tensors of one file and the sha256 of its header; what is wrong is added to `problems`."""
     tensors: Headers = {}
     faults: list[str] = []

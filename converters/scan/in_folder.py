@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from convert_drafter.converters.checkpoint import Headers, open_checkpoint, read_header
+from convert_drafter.converters.checkpoint import Headers, header_of, open_checkpoint
 from convert_drafter.converters.config import ConfigReader, lookup
 from convert_drafter.converters.convert import read_published
 from convert_drafter.converters.drafters import KINDS, MTP, signature_of
@@ -77,7 +77,7 @@ def _what_is_there(place: Place, error: DrafterError) -> Contents:
         named = _json(index).get("weight_map")
         headers |= dict.fromkeys(named) if isinstance(named, dict) else {}
     for path in place.files:
-        headers |= read_header(path, [])[0]
+        headers |= header_of(path)
     return Contents(headers, _json(place.path / CONFIG), (*faults[:MOST], *more))
 
 
@@ -164,7 +164,7 @@ def _with_head(artifact: Artifact, contents: Contents, found: str | None) -> Art
 
 def _beside(target: Artifact, contents: Contents) -> Artifact:
     """A head in a file that the index does not name (A5-3); two such files are one too many."""
-    heads = [path for path in contents.beside if signature_of(read_header(path, [])[0]) == MTP]
+    heads = [path for path in contents.beside if signature_of(header_of(path)) == MTP]
     if not heads:
         return target
     names = ", ".join(path.name for path in heads)
