@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
 from make_drafter import write_drafter, write_target
 
 HERE = Path(__file__).parent
@@ -29,8 +30,10 @@ from engine import llama_binary  # noqa: E402
 from ggml_oracle import ggml_quantize  # noqa: E402
 from llama_source import run_converter  # noqa: E402
 
+from convert_drafter.converters import scan  # noqa: E402
 from convert_drafter.converters.cli import PATIENCE  # noqa: E402
 from convert_drafter.converters.encoding import cores  # noqa: E402
+from convert_drafter.converters.gguf_file import KeyValue, StoredTensor, write_gguf  # noqa: E402
 from convert_drafter.quant import TYPES, quantize  # noqa: E402
 
 # Ratios that have to be reached on one core; everything not named: 0.3, bound by memory.
@@ -177,6 +180,36 @@ def large(folder: Path) -> Iterator[Row]:
     yield "peak memory with 5 layers (1.73 G weights)", f"{peak} MiB", f"below {RSS_MIB} MiB", f"{wall:.0f} s"
 
 
+def scanning(folder: Path) -> Iterator[Row]:
+    """Headers alone: a scan that tells, groups and pairs, against gguf-py's reader that only opens the same files."""
+    for count, tokens in ((2000, 0), (5, 20_000)):
+        place = folder / str(count)
+        write_headers(place, count, tokens)
+        ours, peer = best_of(
+            2,
+            time.process_time,
+            lambda place=place: scan(place),
+            lambda place=place: [GGUFReader(path) for path in place.iterdir()],
+        )
+        what = f"{tokens:,} tokens and merges each" if tokens else "no tokenizer"
+        speeds = f"{count / ours:,.0f} against {count / peer:,.0f} files a second"
+        yield f"scan {count:,} GGUFs, {what}, one core", f"{peer / ours:.2f}", "1", speeds
+
+
+def write_headers(folder: Path, count: int, tokens: int) -> None:
+    """Copies of one small GGUF whose tokens and merges are as many as a real one's."""
+    folder.mkdir()
+    texts = tuple(f"token {i}" for i in range(tokens))
+    names = ("tokenizer.ggml.tokens", "tokenizer.ggml.merges") if tokens else ()
+    lists = [KeyValue(name, GGUFValueType.ARRAY, texts, GGUFValueType.STRING) for name in names]
+    keys = [KeyValue("general.architecture", GGUFValueType.STRING, "llama"), *lists]
+    tensors = [StoredTensor(f"blk.{i}.attn_q.weight", (4, 32), GGMLQuantizationType.F32) for i in range(64)]
+    write_gguf(folder / "m.gguf", keys, tensors, lambda tensor: [np.ones(tensor.shape, np.float32)])
+    raw = (folder / "m.gguf").read_bytes()
+    for i in range(1, count):
+        (folder / f"m{i}.gguf").write_bytes(raw)
+
+
 def machine() -> str:
     names = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return f"{os.cpu_count()} cores of {names[0] if names else platform.machine()}, numpy {np.__version__}"
@@ -185,6 +218,8 @@ def machine() -> str:
 def rows(rounds: int) -> Iterator[Row]:
     yield from encoders()
     yield from threads()
+    with tempfile.TemporaryDirectory() as name:
+        yield from scanning(Path(name))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_drafter(folder / "drafter", 1)

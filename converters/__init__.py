@@ -10,6 +10,7 @@ from convert_drafter.converters.doctor import doctor
 from convert_drafter.converters.errors import DrafterError, MissingEngine, Problems, WrongInput, WrongUsage
 from convert_drafter.converters.inspection import Inspection, inspect
 from convert_drafter.converters.launch.launching import Launch, LaunchJob, launch
+from convert_drafter.converters.model_key import normalize_model_key
 from convert_drafter.converters.quantize import (
     Quantization,
     QuantizeJob,
@@ -26,6 +27,8 @@ from convert_drafter.converters.redialect import (
     redialect,
     write_redialection,
 )
+from convert_drafter.converters.scan.found import Scan
+from convert_drafter.converters.scan.scan import scan
 from convert_drafter.converters.type_choice import TypeOptions
 from convert_drafter.converters.verdict import Verdict
 from convert_drafter.converters.verify.job import VerifyJob
@@ -47,6 +50,7 @@ __all__ = [
     "RedialectReport",
     "Redialection",
     "Report",
+    "Scan",
     "TypeOptions",
     "Verdict",
     "VerifyJob",
@@ -56,11 +60,13 @@ __all__ = [
     "doctor",
     "inspect",
     "launch",
+    "normalize_model_key",
     "prepare",
     "prepare_quantize",
     "prepare_redialect",
     "quantize",
     "redialect",
+    "scan",
     "verify",
     "write_conversion",
     "write_quantization",

@@ -124,6 +124,11 @@ def open_checkpoint(source: Path, select: Select = everything) -> Checkpoint:
     )
 
 
+def header_of(path: Path) -> Headers:
+    """The tensors that can be read of one file's header; what is wrong with it is said by `open_checkpoint`."""
+    return _read_header(path, [])[0]
+
+
 def read_rows(tensor: TensorHeader, start: int, stop: int) -> Array:
     """Rows start..stop of the first axis, `(stop - start, *shape[1:])`; a tensor without axes gives shape (1,).
 

@@ -6,10 +6,11 @@ nested arrays, so metadata is parsed here; tensor data is read only when asked f
 
 from __future__ import annotations
 
+import hashlib
 import os
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,11 +34,28 @@ from convert_drafter.converters.gguf_file import (
 E = TypeVar("E", GGUFValueType, GGMLQuantizationType)
 SPLIT_COUNT = "split.count"
 MAX_METADATA = 2**26  # bytes; the largest vocabularies fill a third
+LONG = 1024  # entries of a list that skimming walks over; what tells a layer from another is shorter
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A long list that was not decoded: how many entries, and the SHA-256 of its bytes as they lie in the file.
+
+    Of a list of strings these are each one's UTF-8 length (8 bytes, little endian) and its UTF-8 bytes, which is what
+    `tokenizer.vocabulary_hash` digests.
+    """
+
+    count: int
+    sha256: str
 
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """A GGUF whose metadata holds; dicts are in file order, `offsets` are absolute byte positions."""
+    """A GGUF whose metadata holds; dicts are in file order, `offsets` are absolute byte positions.
+
+    Of a file that was skimmed, `skipped` are its long lists, which are not among the keys, and `fault` says what is
+    wrong with where its tensors lie; `parts` is the number of files it was split into.
+    """
 
     path: Path
     version: int
@@ -45,6 +63,9 @@ class GGUFFile:
     keys: dict[str, KeyValue]
     tensors: dict[str, StoredTensor]
     offsets: dict[str, int]
+    skipped: dict[str, Skipped] = field(default_factory=dict)
+    fault: str = ""
+    parts: int = 1
 
     def tensor_bytes(self, name: str, start: int = 0, stop: int | None = None) -> Bytes:
         """Bytes start..stop of a tensor as it is stored; only they are read. KeyError, IndexError: no such bytes."""
@@ -71,6 +92,8 @@ class GGUFFile:
 class _Cursor:
     """Walks the metadata from the file's start; a length is held against the file before it is believed."""
 
+    at_once, whole = 2**20, True  # bytes read at a time; whether a part of a model is refused
+
     def __init__(self, path: Path, file: BufferedReader) -> None:
         self.path, self.file, self.size = path, file, os.fstat(file.fileno()).st_size
         self.at, self.data, self.limit = 0, bytearray(), min(self.size, MAX_METADATA)
@@ -85,7 +108,7 @@ class _Cursor:
             return
         if end > self.limit:
             raise self.wrong(what, f"{self.limit - self.at} bytes left", f"{count}: truncated or damaged")
-        self.data += self.file.read(max(end - len(self.data), 2**20))
+        self.data += self.file.read(max(end - len(self.data), self.at_once))
         if end > len(self.data):
             raise self.wrong(what, f"{len(self.data)} bytes in the file", f"{self.size}; it changed while being read")
 
@@ -129,20 +152,82 @@ class _Cursor:
         return tuple([self.string(what) for _ in range(count)])
 
 
+class _Skimmer(_Cursor):
+    """Walks over long lists without decoding them, and takes a part of a model for what it is."""
+
+    at_once, whole = 2**14, False
+
+    def __init__(self, path: Path, file: BufferedReader) -> None:
+        super().__init__(path, file)
+        self.skipped: dict[str, Skipped] = {}
+
+    def values(self, kind: GGUFValueType, count: int, what: str) -> tuple[Scalar, ...]:
+        if count <= LONG:
+            return super().values(kind, count, what)
+        start = self.at
+        if kind is T.STRING:
+            self._walk_strings(count, what)
+        else:
+            n_bytes = count * struct.calcsize("<" + CODES[kind])
+            self.load(n_bytes, what)
+            self.at += n_bytes
+        digest = hashlib.sha256(memoryview(self.data)[start : self.at]).hexdigest()
+        self.skipped[what] = Skipped(count, digest)
+        return ()
+
+    def _walk_strings(self, count: int, what: str) -> None:
+        length, at, data = struct.Struct("<Q").unpack_from, self.at, self.data  # a vocabulary has 250,000 of them
+        for _ in range(count):
+            if at + 8 > len(data):
+                self.at = at
+                self.load(8, what)
+            n_bytes = length(data, at)[0]
+            at += 8 + n_bytes
+            if at > len(data):
+                self.at = at - n_bytes
+                self.load(n_bytes, what)
+        self.at = at
+
+
 def read_gguf(path: Path) -> GGUFFile:
     """Read and check all metadata of a little-endian GGUF, version 2 or 3, and no tensor data; raises `WrongInput`."""
+    file, cursor, relative = _read(path, _Cursor)
+    return replace(file, offsets=_offsets(cursor, file.tensors, relative, file.alignment))
+
+
+def skim_gguf(path: Path) -> GGUFFile:
+    """`read_gguf` for many files: long lists are walked over, parts of a model and files cut short are taken as well.
+
+    `WrongInput` where the metadata itself cannot be read.
+    """
+    file, cursor, relative = _read(path, _Skimmer)
+    assert isinstance(cursor, _Skimmer)
+    skipped = {key: found for key in file.keys if (found := cursor.skipped.get(f"key {key!r}")) is not None}
+    keys = {key: entry for key, entry in file.keys.items() if key not in skipped}
+    count = keys.get(SPLIT_COUNT)
+    parts = count.value if count is not None and isinstance(count.value, int) else 1
+    offsets, fault = dict[str, int](), ""
+    try:
+        offsets = _offsets(cursor, file.tensors, relative, file.alignment)
+    except WrongInput as error:
+        fault = str(error).removeprefix(f"{path}: ")
+    return GGUFFile(path, file.version, file.alignment, keys, file.tensors, offsets, skipped, fault, max(1, parts))
+
+
+def _read(path: Path, walker: type[_Cursor]) -> tuple[GGUFFile, _Cursor, list[int]]:
+    """The file without absolute offsets, where its metadata ends, and the offsets within its data."""
     keys: dict[str, KeyValue] = {}
     tensors: dict[str, StoredTensor] = {}
     if path.exists() and not path.is_file() and not path.is_dir():
         raise WrongInput(f"{path}: is a device or a pipe, expected a file")
     with file_access(path, "read"), path.open("rb") as file:
-        cursor = _Cursor(path, file)
+        cursor = walker(path, file)
         version, n_tensors, n_keys = _read_counts(cursor)
         for _ in range(n_keys):
             _read_key(cursor, keys)
         alignment = alignment_of(path, keys)
         relative = [_read_tensor(cursor, tensors) for _ in range(n_tensors)]
-    return GGUFFile(path, version, alignment, keys, tensors, _offsets(cursor, tensors, relative, alignment))
+    return GGUFFile(path, version, alignment, keys, tensors, {}), cursor, relative
 
 
 def _read_counts(cursor: _Cursor) -> tuple[int, int, int]:
@@ -173,7 +258,7 @@ def _read_key(cursor: _Cursor, keys: dict[str, KeyValue]) -> None:
     count = 1 if element is None else cursor.number(T.UINT64, what)
     values = cursor.values(kind if element is None else element, count, what)
     keys[key] = KeyValue(key, kind, values[0] if element is None else values, element)
-    if key == SPLIT_COUNT and values and values[0] not in (0, 1):
+    if cursor.whole and key == SPLIT_COUNT and values and values[0] not in (0, 1):
         raise cursor.wrong(what, f"one of {values[0]} parts", "a whole model; join it with `llama-gguf-split --merge`")
 
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "convert_drafter."
 FLOORS = {
     0: ["quant"],
-    1: ["errors", "roles", "spec", "spec_kinds", "spec_parts", "verdict"],
+    1: ["errors", "roles", "spec", "spec_kinds", "spec_parts", "verdict", "model_key"],
     2: [
         *("config", "weight_files", "checkpoint", "gguf_file", "gguf_read", "pre_tokenizers", "tokenizer", "target"),
         *("importance", "encoding", "destination", "json_text", "packed", "quantized", "quantized_config", "experts"),
@@ -34,7 +34,7 @@ FLOORS = {
     ],
     4: ["drafters", "dialects"],
     5: [
-        *("convert", "attach", "launch", "inspection", "drafter_file", "quantize", "redialect", "verify"),
+        *("convert", "attach", "launch", "inspection", "drafter_file", "quantize", "redialect", "verify", "scan"),
         *("structure", "loader_keys", "tokenizer_faults", "tensor_errors", "source_facts"),
         *("against_source", "pairing", "doctor", "preflight", "card", "card_page"),
     ],

@@ -7,8 +7,9 @@ from convert_drafter.converters.commands.launching import launch_command
 from convert_drafter.converters.commands.listing import list_command
 from convert_drafter.converters.commands.making import convert, quantize, redialect
 from convert_drafter.converters.commands.publishing import card_command
+from convert_drafter.converters.commands.scanning import scan_command
 
 COMMANDS = (
     *(convert, quantize, redialect, inspect_command, doctor_command, verify_command),
-    *(launch_command, card_command, list_command),
+    *(scan_command, launch_command, card_command, list_command),
 )

@@ -83,7 +83,7 @@ def rules_of(kind: str) -> tuple[TensorRule, ...]:
 def detect(reader: ConfigReader, headers: Headers) -> Kind:
     """The kind of a checkpoint. Raises `WrongInput` naming what it is, when it is something we do not convert."""
     architectures = reader.find_list("architectures", str, "architectures") or ()
-    found = _by_tensors(headers)
+    found = signature_of(headers)
     supported = ", ".join(KINDS)
     if found is None:
         mtp.refuse_without_head(reader, len(headers))
@@ -108,7 +108,8 @@ def detect(reader: ConfigReader, headers: Headers) -> Kind:
     return kind
 
 
-def _by_tensors(headers: Iterable[str]) -> str | None:
+def signature_of(headers: Iterable[str]) -> str | None:
+    """The kind whose telling tensor is among these names, converted or not; None for a target's or others' tensors."""
     names = [name.removeprefix("model.") for name in headers]
     for signature in SIGNATURES:
         if any(re.match(signature.pattern, name) for name in names):
@@ -116,4 +117,16 @@ def _by_tensors(headers: Iterable[str]) -> str | None:
     return None
 
 
-__all__ = ["DFLASH", "DFLASH2", "DSPARK", "EAGLE3", "KINDS", "SIGNATURES", "Kind", "detect", "needed", "rules_of"]
+__all__ = [
+    "DFLASH",
+    "DFLASH2",
+    "DSPARK",
+    "EAGLE3",
+    "KINDS",
+    "SIGNATURES",
+    "Kind",
+    "detect",
+    "needed",
+    "rules_of",
+    "signature_of",
+]
