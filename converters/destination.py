@@ -1,13 +1,14 @@
-"""Where a file may be written: under no name that is one of its sources."""
+"""Where a file may be written: under no name that is one of its sources; and how a text is written whole."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from convert_drafter.converters.checkpoint import Checkpoint
 from convert_drafter.converters.errors import WrongInput, WrongUsage
-from convert_drafter.converters.gguf_file import partial_name
+from convert_drafter.converters.gguf_file import file_access, partial_name
 
 OURS = (".gguf", ".partial")
 
@@ -36,3 +37,21 @@ def refuse_overwriting(out: Path, sources: Iterable[Path]) -> None:
             raise WrongUsage(f"{out}: is the same file as the source {source}; choose another output")
     if out.is_symlink():  # renaming onto it would replace the link and leave what it points to as it was
         raise WrongUsage(f"{out}: is a link to {out.readlink()}, expected the name of the file itself")
+
+
+def write_whole(content: str, path: Path) -> None:
+    """Write UTF-8 under `path`, completely or not at all. Raises `WrongInput` for a place it cannot have."""
+    partial = partial_name(path)
+    with file_access(path, "written"):
+        if path.is_dir():
+            raise IsADirectoryError(None, "it is a folder; give a file name")
+        partial.unlink(missing_ok=True)  # what a killed run left behind; never through a link
+        try:
+            with partial.open("x", encoding="utf-8", newline="\n") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise

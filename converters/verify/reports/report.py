@@ -16,6 +16,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from convert_drafter.converters.destination import write_whole
 from convert_drafter.converters.errors import WrongInput, plain
 from convert_drafter.converters.gguf_file import file_access, partial_name
 from convert_drafter.converters.verdict import Gate, Outcome, Verdict
@@ -262,20 +263,7 @@ def write_text(content: str, path: Path, verdict: Verdict) -> None:
     for taken in (verdict.file, verdict.target, verdict.source, verdict.repaired):
         if taken is not None:
             _differ(path, Path(taken))
-    partial = partial_name(path)
-    with file_access(path, "written"):
-        if path.is_dir():
-            raise IsADirectoryError(None, "it is a folder; give a file name")
-        partial.unlink(missing_ok=True)  # what a killed run left behind; never through a link
-        try:
-            with partial.open("x", encoding="utf-8", newline="\n") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+    write_whole(content, path)
 
 
 def _differ(place: Path, taken: Path) -> None:
