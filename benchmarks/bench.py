@@ -29,8 +29,7 @@ from engine import llama_binary  # noqa: E402
 from ggml_oracle import ggml_quantize  # noqa: E402
 from llama_source import run_converter  # noqa: E402
 
-from convert_drafter.converters.cli import PATIENCE  # noqa: E402
-from convert_drafter.converters.encoding import cores  # noqa: E402
+from convert_drafter.converters.encoding import PATIENCE, cores  # noqa: E402
 from convert_drafter.quant import TYPES, quantize  # noqa: E402
 
 # Ratios that have to be reached on one core; everything not named: 0.3, bound by memory.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from convert_drafter.converters.commands.batching import batch
 from convert_drafter.converters.commands.checking import doctor_command, inspect_command, verify_command
 from convert_drafter.converters.commands.listing import list_command
 from convert_drafter.converters.commands.making import convert, quantize, redialect
 
-COMMANDS = (convert, quantize, redialect, inspect_command, doctor_command, verify_command, list_command)
+COMMANDS = (convert, quantize, redialect, inspect_command, doctor_command, verify_command, batch, list_command)

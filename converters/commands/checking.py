@@ -42,18 +42,29 @@ def inspect_command(path: Path, target: Path | None, settings: dict[str, str], a
 @click.argument("path", metavar="FILE", type=INPUT)
 @click.option("--target", type=INPUT, help="The target's Hugging Face folder or GGUF: is the file this target's?")
 @click.option("--source", type=INPUT, help="The checkpoint: are these its facts and its weights?")
+@click.option("--jobs", is_flag=True, help="FILE is a jobs.toml: can every job of it begin?")
 @json_option
-def doctor_command(path: Path, target: Path | None, source: Path | None, as_json: bool) -> int:
+def doctor_command(path: Path, target: Path | None, source: Path | None, jobs: bool, as_json: bool) -> int:
     """Find every fault of a drafter's GGUF without running it: exit status 0 for none, 1 for faults.
 
     \b
     convert-drafter doctor dflash-Qwen3.6-27B-Q8_0.gguf --target Qwen3.6-27B --source Qwen3.6-27B-DFlash
     """
+    if jobs:
+        return _doctor_jobs(path, target, source, as_json)
     total = path.stat().st_size * (1 if source is None else 2) if path.is_file() else 0
     with progress(path.name, total) as advance:
         gates = doctor(path, target, source, on_bytes=advance)
     emit(as_json, show_doctor.diagnosis_json(path, gates), lambda: plain(show_doctor.diagnosis(path, gates)))
     return int(any(gate.outcome is Outcome.FAIL for gate in gates))
+
+
+def _doctor_jobs(path: Path, target: Path | None, source: Path | None, as_json: bool) -> int:
+    from convert_drafter.converters.commands.batching import doctor_jobs  # which reads jobs with the commands here
+
+    if target is not None or source is not None:
+        raise click.UsageError("--jobs: a jobs.toml names targets and sources itself; leave --target and --source out")
+    return doctor_jobs(path, as_json)
 
 
 @click.command("verify")

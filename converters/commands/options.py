@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
@@ -94,6 +95,16 @@ def parse_template(context: click.Context, parameter: click.Parameter, values: S
             return text
 
     return {key: read(text) for key, text in parse_settings(context, parameter, values).items()}
+
+
+def parse_memory(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+    """A size of memory in bytes: 512MiB, 4GiB, 4G."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])i?B?", value, re.IGNORECASE | re.ASCII)
+    if match is None:
+        raise click.BadParameter("expected a size, e.g. 512MiB or 4GiB", context, parameter)
+    return int(float(match[1]) * 1024 ** (1 + "KMGT".index(match[2].upper())))
 
 
 def parse_lengths(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
