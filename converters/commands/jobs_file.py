@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -138,7 +139,7 @@ class _Entry:
 
     def _of_one(self, command: click.Command, given: dict[str, Any]) -> list[Task]:
         """The task of one recipe and runtime, and its verification."""
-        words = {"name": str(self.name), **{key: str(given[key]) for key in MATRIX if key in given}}
+        words = {"name": str(self.name), **{key: self._spelled(command, key, given) for key in MATRIX if key in given}}
         several = [key for key in MATRIX if isinstance({**self.defaults, **self.job}.get(key), list)]
         name = "-".join([words["name"], *(words[key] for key in several if key in words)])
         options = self._options(command, given, words)
@@ -150,6 +151,12 @@ class _Entry:
         if self.does != "verify" and asked is not False:
             tasks += self._verification(asked, made, options, words, f"{name}.verify")
         return tasks
+
+    def _spelled(self, command: click.Command, key: str, given: Mapping[str, Any]) -> str:
+        """A recipe or runtime as its table spells it; what is none is told with the other options."""
+        with suppress(BadValue):
+            return str(read_value(keys(command)[key], given[key], self.path.parent))
+        return str(given[key])
 
     def _options(
         self, command: click.Command, given: Mapping[str, Any], words: Mapping[str, str], under: str = ""

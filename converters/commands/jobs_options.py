@@ -79,7 +79,7 @@ def _shown(value: Any) -> str:
 def _expected(param: click.Parameter, error: Exception) -> str:
     if isinstance(param.type, click.Choice):
         return f"expected one of {', '.join(map(str, param.type.choices))}"
-    message = error.format_message() if isinstance(error, click.ClickException) else str(error)
+    message = error.message if isinstance(error, click.ClickException) else str(error)
     return f"but {message[0].lower()}{message[1:]}".rstrip(".")
 
 
