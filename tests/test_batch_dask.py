@@ -73,6 +73,7 @@ def test_a_worker_killed_in_the_middle_of_a_job(
     assert [task["status"] for task in found["tasks"]] == ["up to date"] * 3
 
 
+@pytest.mark.slow
 def test_a_job_that_kills_every_worker_fails_alone(
     tmp_path: Path, middle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,6 +89,7 @@ def test_a_job_that_kills_every_worker_fails_alone(
     assert not list((tmp_path / "out").glob("*.partial"))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_larger_than_a_worker_s_memory(tmp_path: Path, middle: Path) -> None:
     """Dask's nanny kills a worker that comes near its limit; ours hold a slab of rows, never a model."""
     config = small_config(hidden_size=4096, intermediate_size=24576, num_hidden_layers=3, num_target_layers=6)
