@@ -117,13 +117,13 @@ def test_batch_commands_do_what_the_pages_say(
     lines = re.findall(r"^(?:- run: |\$ )(convert-drafter .*)$", (ROOT / name).read_text(), re.MULTILINE)
     commands = [part for line in lines for part in line.split(" && ") if "jobs.toml" in part]
     assert len(commands) == (2 if name == "README.md" else 1)
-    for times in range(2):
+    for _ in range(2):
         for command in commands:
             with pytest.raises(SystemExit) as exit_:
                 main(shlex.split(command)[1:])
             assert exit_.value.code == 0
         out = capfd.readouterr().out
-    assert times and out.endswith(shown[1])
+    assert out.endswith(shown[1])
 
 
 def test_batch_rules_are_there_for_every_recipe() -> None:
