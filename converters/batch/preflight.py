@@ -24,6 +24,7 @@ from convert_drafter.converters.verify.verify import find_engine
 from convert_drafter.converters.weight_files import everything, find_config, find_weights
 
 NOT_THERE_YET = ".not-there-yet"
+KEY_BYTES, TENSOR_BYTES = 24, 192  # beside a key's text; of a tensor's description and the gap that aligns its data
 
 
 @dataclass(frozen=True)
@@ -122,16 +123,17 @@ def _decided(job: ConvertJob | QuantizeJob, found: _Findings) -> None:
     if isinstance(job, QuantizeJob):
         quantization = prepare_quantize(job)
         found.notes += quantization.warnings
-        found.n_bytes = quantization.n_bytes + _key_bytes(quantization.keys)
+        found.n_bytes = quantization.n_bytes + _head_bytes(quantization.keys, len(quantization.recodings))
         return
     conversion = prepare_attach(job) if job.attach else prepare(job)
     found.notes += conversion.warnings
-    found.n_bytes = conversion.n_bytes + _key_bytes(conversion.keys)
+    base = len(conversion.base.tensors) if conversion.base else 0
+    found.n_bytes = conversion.n_bytes + _head_bytes(conversion.keys, base + len(conversion.plan.tensors))
 
 
-def _key_bytes(keys: Iterable[KeyValue]) -> int:
-    """At most: text takes more than numbers."""
-    return sum(len(entry.key) + len(str(entry.value)) for entry in keys)
+def _head_bytes(keys: Iterable[KeyValue], n_tensors: int) -> int:
+    """Of a file's head at most: text takes more than numbers; a tensor has a name, four sizes and a gap behind it."""
+    return sum(KEY_BYTES + len(entry.key) + len(str(entry.value)) for entry in keys) + n_tensors * TENSOR_BYTES
 
 
 def _verification(asked: Verification, awaited: Sequence[Path], found: _Findings) -> None:
