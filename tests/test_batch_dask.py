@@ -92,7 +92,7 @@ def test_a_job_that_kills_every_worker_fails_alone(
 @pytest.mark.slow
 def test_a_checkpoint_larger_than_a_worker_s_memory(tmp_path: Path, middle: Path) -> None:
     """Dask's nanny kills a worker that comes near its limit; ours hold a slab of rows, never a model."""
-    config = small_config(hidden_size=4096, intermediate_size=24576, num_hidden_layers=3, num_target_layers=6)
+    config = small_config(hidden_size=4096, intermediate_size=12288, num_hidden_layers=3, num_target_layers=6)
     shapes = dflash_shapes(config)
     folder = write_checkpoint(tmp_path / "drafter", config, {})
     header, end = {}, 0

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from batches import MIDDLE, jobs_file, killed_once, killed_second
 
-from convert_drafter.converters.batch import schedule
+from convert_drafter.converters.batch import processes, schedule
 from convert_drafter.converters.batch.crew import local
 from convert_drafter.converters.batch.processes import Processes, ProcessLost
 from convert_drafter.converters.batch.schedule import run_tasks
@@ -27,7 +27,7 @@ FILES = [f"{name}.gguf{end}" for name in ("first-BF16", "first-Q8_0", "second-F1
 INTERRUPTED = """
 import sys
 from batches import slow_second
-from convert_drafter.converters.batch import schedule
+from convert_drafter.converters.batch import processes, schedule
 from convert_drafter.converters.cli import main
 schedule.run_task = slow_second
 if __name__ == "__main__":
@@ -113,6 +113,19 @@ def test_a_process_killed_once_is_tried_again(tmp_path: Path, middle: Path, monk
 
 
 # --- the executor ---
+
+
+def test_what_does_not_end_by_itself_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process in the middle of other people's code may not hear that it has to stop."""
+    monkeypatch.setattr(processes, "STOP_SECONDS", 0.5)
+    with Processes(1) as executor:
+        assert executor.submit(signal.signal, signal.SIGTERM, signal.SIG_IGN).result()
+        deaf = executor.submit(time.sleep, 600)
+        while not deaf.running():
+            time.sleep(0.01)
+        executor.stop()
+        with pytest.raises(ProcessLost, match="ended by SIGKILL"):
+            deaf.result()
 
 
 def test_calls_and_their_errors_come_back() -> None:

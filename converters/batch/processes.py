@@ -10,10 +10,11 @@ import multiprocessing
 import queue
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from convert_drafter.converters.encoding import PATIENCE
@@ -67,8 +68,11 @@ class Processes(Executor):
     def stop(self) -> None:
         """End every process now, each as if it were interrupted: what it was writing is taken away."""
         self._stopped = True
-        for process in list(self._busy):
+        busy, until = list(self._busy), time.monotonic() + STOP_SECONDS
+        for process in busy:
             process.terminate()
+        for process in busy:
+            process.wait_or_kill(until - time.monotonic())
         self._threads.shutdown(wait=True, cancel_futures=True)
         self.shutdown()
 
@@ -109,6 +113,11 @@ class _Process:
 
     def terminate(self) -> None:
         self._process.terminate()
+
+    def wait_or_kill(self, seconds: float) -> None:
+        """By its sentinel: only one thread may ask the system how a child ended, and another one does."""
+        if not wait([self._process.sentinel], max(0.0, seconds)):
+            self._process.kill()
 
     def close(self) -> None:
         self._ours.close()
