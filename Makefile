@@ -91,14 +91,14 @@ RECIPES := F32 F16 BF16 Q8_0 Q6_K Q5_K_M Q5_K_S Q5_1 Q5_0 Q4_K_M Q4_K_S IQ4_NL I
 	IQ4_NL-drafter IQ4_XS-drafter Q4_1-drafter Q4_0-drafter Q3_K_L-drafter Q3_K_M-drafter Q3_K_S-drafter Q2_K-drafter
 -include jobs.mk
 
-# another runtime makes the files anew
-out/.for-$(RUNTIME):
-	@mkdir -p out && rm -f out/.for-* && touch $@
+# convert is asked every time and skips by its stamp: settings, content and program, which make's clock cannot tell
+.PHONY: ask
+out:
+	mkdir -p out
 
-.SECONDEXPANSION:
 define recipe
-out/%-$(1).gguf: $$(VENV)/.installed out/.for-$$(RUNTIME) $$$$(wildcard $$$$(SRC_$$$$*)/config.json)
+out/%-$(1).gguf: ask $$(VENV)/.installed | out
 	$$(if $$(SRC_$$*),,$$(error set SRC_$$* to the checkpoint of $$*, on the command line or in jobs.mk))
-	$$(DRAFTER) convert "$$(strip $$(SRC_$$*))" $$(if $$(TARGET_$$*),--target "$$(strip $$(TARGET_$$*))") --for $$(RUNTIME) --quant $(1) -o $$@
+	$$(DRAFTER) convert "$$(strip $$(SRC_$$*))" $$(if $$(TARGET_$$*),--target "$$(strip $$(TARGET_$$*))") --for $$(RUNTIME) --quant $(1) --if-changed -o $$@
 endef
 $(foreach name,$(RECIPES),$(eval $(call recipe,$(name))))

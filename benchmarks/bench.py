@@ -31,8 +31,7 @@ from ggml_oracle import ggml_quantize  # noqa: E402
 from llama_source import run_converter  # noqa: E402
 
 from convert_drafter.converters import scan  # noqa: E402
-from convert_drafter.converters.cli import PATIENCE  # noqa: E402
-from convert_drafter.converters.encoding import cores  # noqa: E402
+from convert_drafter.converters.encoding import PATIENCE, cores  # noqa: E402
 from convert_drafter.converters.gguf_file import KeyValue, StoredTensor, write_gguf  # noqa: E402
 from convert_drafter.quant import TYPES, quantize  # noqa: E402
 

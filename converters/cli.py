@@ -12,10 +12,10 @@ import click
 
 from convert_drafter.converters.commands import COMMANDS
 from convert_drafter.converters.commands.output import fetching
+from convert_drafter.converters.encoding import PATIENCE
 from convert_drafter.converters.errors import DrafterError, plain
 from convert_drafter.converters.provenance import tool_version
 
-PATIENCE = 1e-4  # seconds a thread waits before it asks for Python's lock; with Python's own 5 ms cores stand idle
 INTERRUPTED = 130  # what a shell reports for a process ended by Ctrl-C
 
 

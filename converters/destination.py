@@ -1,4 +1,4 @@
-"""Where a file may be written, under no name that is one of its sources; and text, written whole or not at all."""
+"""Where a file may be written: under no name that is one of its sources; and how a text is written whole."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def refuse_overwriting(out: Path, sources: Iterable[Path]) -> None:
         raise WrongUsage(f"{out}: is a link to {out.readlink()}, expected the name of the file itself")
 
 
-def write_text(content: str, path: Path) -> None:
-    """UTF-8 under `path`, completely or not at all. Raises `WrongInput` for a place it cannot have."""
+def write_whole(content: str, path: Path) -> None:
+    """Write UTF-8 under `path`, completely or not at all. Raises `WrongInput` for a place it cannot have."""
     partial = partial_name(path)
     with file_access(path, "written"):
         if path.is_dir():

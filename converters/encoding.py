@@ -16,8 +16,7 @@ from convert_drafter.quant.base import Blocks, Bytes, F32Array, Run
 from convert_drafter.quant.measure import Errors, measure
 
 SLAB_WEIGHTS = 4 << 20  # at a time: bounded memory, few enough reads, chunks enough for many cores
-
-
+PATIENCE = 1e-4  # seconds a thread waits before it asks for Python's lock; with Python's own 5 ms cores stand idle
 MOST_CORES = 8  # each thread holds up to 60 MiB, and Python's lock eats what more of them would gain
 
 

@@ -141,6 +141,14 @@ def _claim(partial: Path) -> FileIO:
     return file
 
 
+def remove_partial(path: Path) -> None:
+    """Take away what a killed run left of `path`, unless another run is writing it."""
+    partial = partial_name(path)
+    if partial.is_file():
+        with suppress(WrongInput, OSError), _claim(partial):
+            partial.unlink()
+
+
 def _own(file: FileIO, partial: Path) -> None:
     """Raise `WrongInput` where another run finished between our opening the file and locking it."""
     there = partial.stat() if partial.exists() else None

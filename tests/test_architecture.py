@@ -19,26 +19,19 @@ FLOORS = {
     2: [
         *("config", "weight_files", "checkpoint", "gguf_file", "gguf_read", "pre_tokenizers", "tokenizer", "target"),
         *("importance", "encoding", "destination", "json_text", "packed", "quantized", "quantized_config", "experts"),
-        *("hub", "excerpt", "latent"),
+        *("hub", "excerpt", "latent", "file_hash"),
     ],
     3: [
-        "dimensions",
-        "ops",
-        "shared_cache",
-        "recipe_rules",
-        "recipes",
-        "type_choice",
-        "plan",
-        "provenance",
+        *("dimensions", "ops", "shared_cache", "recipe_rules", "recipes", "type_choice", "plan", "provenance"),
         "token_ids",
     ],
     4: ["drafters", "dialects"],
     5: [
         *("convert", "attach", "launch", "inspection", "drafter_file", "quantize", "redialect", "verify", "scan"),
         *("structure", "loader_keys", "tokenizer_faults", "tensor_errors", "source_facts"),
-        *("against_source", "pairing", "doctor", "preflight", "card", "card_page"),
+        *("against_source", "pairing", "doctor", "preflight", "card", "card_page", "stamp"),
     ],
-    6: ["commands"],
+    6: ["batch", "commands"],
     7: ["cli"],
 }
 # A package on one floor may use itself, but `drafters` and `dialects` do not know each other.

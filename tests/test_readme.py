@@ -21,6 +21,7 @@ from convert_drafter.converters.recipes import RECIPES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+BATCH_PAGE = (ROOT / "docs" / "batch.md").read_text()
 RECIPES_PAGE = (ROOT / "docs" / "recipes.md").read_text()
 DRAFTERS_PAGE = (ROOT / "docs" / "drafters.md").read_text()
 TABLES = {"kinds": DRAFTERS_PAGE, "dialects": DRAFTERS_PAGE, "recipes": RECIPES_PAGE, "kept": RECIPES_PAGE}
@@ -31,7 +32,6 @@ EXAMPLES = [
         m, id=" ".join(m["command"].split()[:2]), marks=[pytest.mark.engine] * (m["how"] or "").startswith(ENGINE)
     )
     for m in EXAMPLE.finditer(README)
-    if m["how"] != "make"
 ]
 
 
@@ -75,10 +75,10 @@ def test_examples_print_what_the_readme_says(
     assert found.startswith(example["output"]) if how == "first lines" else found == example["output"]
 
 
-def test_batch_example_makes_its_files(tmp_path: Path) -> None:
+def test_make_rules_skip_by_stamp(tmp_path: Path) -> None:
     """The Makefile's pattern rules, with a virtual environment that is already there."""
-    jobs = re.search(r"```make\n((?:.*\n)*?)```", README)
-    command = re.search(r"<!-- run: make -->\n```console\n\$ make (.+)\n", README)
+    jobs = re.search(r"```make\n((?:.*\n)*?)```", BATCH_PAGE)
+    command = re.search(r"^\$ make (.+)$", BATCH_PAGE, re.MULTILINE)
     assert jobs is not None and command is not None
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path / name)
@@ -91,22 +91,44 @@ def test_batch_example_makes_its_files(tmp_path: Path) -> None:
     (tool.parent / "python").symlink_to(sys.executable)
     (tmp_path / ".venv" / ".installed").touch()
     environment = {**os.environ, "MAKEFLAGS": ""}
-    subprocess.run(["make", *shlex.split(command[1])], cwd=tmp_path, check=True, capture_output=True, env=environment)
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        ".for-llama.cpp",
-        "tiny-BF16.gguf",
-        "tiny-Q8_0.gguf",
-    ]
-    first = (tmp_path / "out" / "tiny-Q8_0.gguf").stat().st_mtime_ns
-    again = [["make", "out/tiny-Q8_0.gguf"], ["make", "out/tiny-Q8_0.gguf", "RUNTIME=lucebox"]]
-    for command_line, made in zip(again, (False, True), strict=True):
-        subprocess.run(command_line, cwd=tmp_path, check=True, capture_output=True, env=environment)
-        assert ((tmp_path / "out" / "tiny-Q8_0.gguf").stat().st_mtime_ns > first) is made
-    missing = subprocess.run(
-        ["make", "out/other-Q8_0.gguf"], cwd=tmp_path, capture_output=True, text=True, env=environment
-    )
+
+    def make(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["make", *words], cwd=tmp_path, capture_output=True, text=True, env=environment)
+
+    assert make(*shlex.split(command[1])).returncode == 0
+    names = [f"tiny-{recipe}.gguf{end}" for recipe in ("BF16", "Q8_0") for end in ("", ".stamp.json")]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    for words, made in ((), False), (("RUNTIME=lucebox",), True), (("RUNTIME=lucebox",), False):
+        os.utime(tmp_path / "out" / "tiny-Q8_0.gguf", (1, 1))
+        done = make("out/tiny-Q8_0.gguf", *words)
+        assert (done.returncode, "out/tiny-Q8_0.gguf is up to date\n" in done.stdout) == (0, not made)
+        assert ((tmp_path / "out" / "tiny-Q8_0.gguf").stat().st_mtime > 1) is made
+    missing = make("out/other-Q8_0.gguf")
     assert missing.returncode != 0
     assert "set SRC_other to the checkpoint of other" in missing.stderr
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/batch.md"])
+def test_batch_commands_do_what_the_pages_say(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The nightly recipe, and the page's own example, with the page's jobs.toml."""
+    jobs = re.search(r"```toml\n((?:.*\n)*?)```", BATCH_PAGE)
+    shown = re.search(r"```text\n((?:.*\n)*?)```", BATCH_PAGE)
+    assert jobs is not None and shown is not None
+    (tmp_path / "jobs.toml").write_text(jobs[1])
+    (tmp_path / "fixtures").symlink_to(ROOT / "fixtures")
+    monkeypatch.chdir(tmp_path)
+    lines = re.findall(r"^(?:- run: |\$ )(convert-drafter .*)$", (ROOT / name).read_text(), re.MULTILINE)
+    commands = [part for line in lines for part in line.split(" && ") if "jobs.toml" in part]
+    assert len(commands) == (2 if name == "README.md" else 1)
+    for _ in range(2):
+        for command in commands:
+            with pytest.raises(SystemExit) as exit_:
+                main(shlex.split(command)[1:])
+            assert exit_.value.code == 0
+        out = capfd.readouterr().out
+    assert out.endswith(shown[1])
 
 
 def test_batch_rules_are_there_for_every_recipe() -> None:

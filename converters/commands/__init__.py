@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from convert_drafter.converters.commands.batching import batch
 from convert_drafter.converters.commands.checking import doctor_command, inspect_command, verify_command
 from convert_drafter.converters.commands.launching import launch_command
 from convert_drafter.converters.commands.listing import list_command
@@ -11,5 +12,5 @@ from convert_drafter.converters.commands.scanning import scan_command
 
 COMMANDS = (
     *(convert, quantize, redialect, inspect_command, doctor_command, verify_command),
-    *(scan_command, launch_command, card_command, list_command),
+    *(scan_command, launch_command, batch, card_command, list_command),
 )

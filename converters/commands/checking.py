@@ -49,9 +49,12 @@ def inspect_command(path: Path, target: Path | None, settings: dict[str, str], a
 @click.argument("path", metavar="DRAFTER", type=INPUT)
 @click.option("--target", type=INPUT, help="The target's Hugging Face folder or GGUF: is the file this target's?")
 @click.option("--source", type=INPUT, help="The checkpoint: are these its facts and its weights?")
+@click.option("--jobs", is_flag=True, help="FILE is a jobs.toml: can every job of it begin?")
 @plans_options
 @json_option
-def doctor_command(path: Path, target: Path | None, source: Path | None, plans: Plans, as_json: bool) -> int:
+def doctor_command(
+    path: Path, target: Path | None, source: Path | None, jobs: bool, plans: Plans, as_json: bool
+) -> int:
     """Find every fault of a drafter's GGUF without running it: exit status 0 for none, 1 for faults.
 
     Of a checkpoint's folder, what would go wrong in converting and serving it. Nothing is written or started.
@@ -60,6 +63,8 @@ def doctor_command(path: Path, target: Path | None, source: Path | None, plans: 
     convert-drafter doctor dflash-Qwen3.6-27B-Q8_0.gguf --target Qwen3.6-27B --source Qwen3.6-27B-DFlash
     convert-drafter doctor Qwen3.6-27B-DFlash --target Qwen3.6-27B --quant Q8_0 --parallel 4
     """
+    if jobs:
+        return _doctor_jobs(path, target, source, as_json)
     if is_checkpoint(path) and source is None:
         gates = preflight(path, target, plans)
     else:
@@ -68,6 +73,14 @@ def doctor_command(path: Path, target: Path | None, source: Path | None, plans: 
             gates = doctor(path, target, source, on_bytes=advance) + beside_file(path, target, plans)
     emit(as_json, show_doctor.diagnosis_json(path, gates), lambda: plain(show_doctor.diagnosis(path, gates)))
     return int(any(gate.outcome is Outcome.FAIL for gate in gates))
+
+
+def _doctor_jobs(path: Path, target: Path | None, source: Path | None, as_json: bool) -> int:
+    from convert_drafter.converters.commands.batching import doctor_jobs  # which reads jobs with the commands here
+
+    if target is not None or source is not None:
+        raise click.UsageError("--jobs: a jobs.toml names targets and sources itself; leave --target and --source out")
+    return doctor_jobs(path, as_json)
 
 
 @click.command("verify")

@@ -10,17 +10,19 @@ from convert_drafter.converters.attach import prepare_attach
 from convert_drafter.converters.commands import show, show_quantize
 from convert_drafter.converters.commands.options import (
     INPUT,
+    changed_option,
     encoding_options,
     json_option,
     parse_settings,
     runtime_option,
     settings_option,
 )
-from convert_drafter.converters.commands.output import emit, errors, progress
+from convert_drafter.converters.commands.output import emit, emit_made, errors, progress
 from convert_drafter.converters.convert import ConvertJob, prepare, write_conversion
 from convert_drafter.converters.quantize import QuantizeJob, prepare_quantize, write_quantization
 from convert_drafter.converters.recipes import RECIPES
 from convert_drafter.converters.redialect import RedialectJob, prepare_redialect, write_redialection
+from convert_drafter.converters.stamp import if_changed
 
 
 @click.command()
@@ -36,10 +38,11 @@ from convert_drafter.converters.redialect import RedialectJob, prepare_redialect
 @click.option("--dry-run", is_flag=True, help="Show the plan; read no tensor data, write nothing.")
 @click.option("--strict", is_flag=True, help="Treat every warning as an error.")
 @click.option("--ignore-tensor", "ignore", multiple=True, metavar="GLOB", help="Leave a source tensor out on purpose.")
+@changed_option
 @settings_option
 @encoding_options
 @json_option
-def convert(dry_run: bool, as_json: bool, **options: Any) -> None:
+def convert(dry_run: bool, only_changed: bool, as_json: bool, **options: Any) -> None:
     """Convert SOURCE, a checkpoint folder or .safetensors file, to a GGUF.
 
     \b
@@ -53,8 +56,8 @@ def convert(dry_run: bool, as_json: bool, **options: Any) -> None:
         emit(as_json, show.plan_json(conversion), lambda: show.plan(conversion))
         return
     with progress(conversion.job.out.name, conversion.n_bytes) as advance:
-        report = write_conversion(conversion, advance)
-    emit(as_json, show.report_json(report), lambda: show.report(report))
+        report = if_changed(conversion, only_changed, lambda: write_conversion(conversion, advance))
+    emit_made(as_json, report, job.out, show.report_json, show.report)
 
 
 @click.command()
@@ -64,9 +67,10 @@ def convert(dry_run: bool, as_json: bool, **options: Any) -> None:
 @click.option("--allow-requantize", is_flag=True, help="Take tensors that are quantized already; they lose twice.")
 @click.option("--dry-run", is_flag=True, help="Show types and sizes; read no tensor data, write nothing.")
 @click.option("--strict", is_flag=True, help="Treat every warning as an error.")
+@changed_option
 @encoding_options
 @json_option
-def quantize(dry_run: bool, as_json: bool, **options: Any) -> None:
+def quantize(dry_run: bool, only_changed: bool, as_json: bool, **options: Any) -> None:
     """Quantize any GGUF, of a drafter or of another model, as llama-quantize does. TYPE is a recipe.
 
     \b
@@ -78,8 +82,8 @@ def quantize(dry_run: bool, as_json: bool, **options: Any) -> None:
         emit(as_json, show_quantize.quantization_json(decided), lambda: show_quantize.quantization(decided))
         return
     with progress(decided.job.out.name, decided.n_bytes) as advance:
-        report = write_quantization(decided, advance)
-    emit(as_json, show_quantize.quantized_json(report), lambda: show_quantize.quantized(report))
+        report = if_changed(decided, only_changed, lambda: write_quantization(decided, advance))
+    emit_made(as_json, report, decided.job.out, show_quantize.quantized_json, show_quantize.quantized)
 
 
 @click.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
@@ -36,6 +37,11 @@ def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(command)
 
 
+def changed_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    help_ = "Do nothing if OUT's stamp says that nothing changed since; leave a stamp beside OUT."
+    return click.option("--if-changed", "only_changed", is_flag=True, help=help_)(command)
+
+
 def parse_settings(context: click.Context, parameter: click.Parameter, values: Sequence[str]) -> dict[str, str]:
     pairs = [value.partition("=") for value in values]
     for key, equals, _ in pairs:
@@ -54,13 +60,17 @@ def parse_types(
     return tuple((regex, name) for regex, _, name in pairs)
 
 
+def type_options(given: dict[str, Any]) -> TypeOptions:
+    """The wishes among what was given, which keeps the rest."""
+    return TypeOptions(**{name: given.pop(name) for name in TYPE_WISHES if name in given})
+
+
 def encoding_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """How weights are encoded: the same options for `convert` and `quantize`; the command gets `options`."""
 
     @wraps(command)
     def with_options(*arguments: Any, **given: Any) -> Any:
-        wishes = TypeOptions(**{name: given.pop(name) for name in TYPE_WISHES})
-        return command(*arguments, options=wishes, **given)
+        return command(*arguments, options=type_options(given), **given)
 
     for option in reversed((
         click.option("--tensor-type", "tensor_types", multiple=True, metavar="REGEX=TYPE", callback=parse_types,
@@ -87,6 +97,16 @@ def parse_template(context: click.Context, parameter: click.Parameter, values: S
             return text
 
     return {key: read(text) for key, text in parse_settings(context, parameter, values).items()}
+
+
+def parse_memory(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+    """A size of memory in bytes: 512MiB, 4GiB, 4G."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])i?B?", value, re.IGNORECASE | re.ASCII)
+    if match is None:
+        raise click.BadParameter("expected a size, e.g. 512MiB or 4GiB", context, parameter)
+    return int(float(match[1]) * 1024 ** (1 + "KMGT".index(match[2].upper())))
 
 
 def parse_lengths(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import click
@@ -22,6 +23,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from convert_drafter.converters.errors import plain
 from convert_drafter.converters.hub import WATCH
 from convert_drafter.converters.verify.measured import Watch
 
@@ -31,6 +33,14 @@ results = Console(highlight=False)
 
 def emit(as_json: bool, data: Any, text: Callable[[], str]) -> None:
     click.echo(json.dumps(data, indent=2, default=str) if as_json else text())
+
+
+def emit_made(as_json: bool, report: Any, out: Path, data: Callable[[Any], Any], text: Callable[[Any], str]) -> None:
+    """What was made; no report where it was up to date."""
+    if report is None:
+        emit(as_json, {"out": str(out), "up_to_date": True}, lambda: plain(f"{out} is up to date"))
+    else:
+        emit(as_json, data(report), lambda: text(report))
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from convert_drafter.converters.card import push, read_card
 from convert_drafter.converters.card_page import card_text
 from convert_drafter.converters.commands.options import INPUT
 from convert_drafter.converters.commands.output import progress
-from convert_drafter.converters.destination import refuse_overwriting, write_text
+from convert_drafter.converters.destination import refuse_overwriting, write_whole
 
 
 @click.command("card")
@@ -41,7 +41,7 @@ def card_command(
         card = read_card(files, verdicts, license, advance)
     text = card_text(card)
     if out is not None:
-        write_text(text, out)
+        write_whole(text, out)
         click.echo(f"wrote {out}")
     elif repository is None:
         click.echo(text, nl=False)

@@ -30,7 +30,8 @@ Run = Callable[[VerifyJob, Sequence[Gate], Watch], EngineAnswer]
 def verify(job: VerifyJob, watch: Watch = lambda phase, done, total: None) -> Verdict:
     """Ask every gate in order. Raises `WrongUsage`, `WrongInput` or `MissingEngine`; a fault is in the verdict."""
     job = replace(job, targets=tuple(fetch(target, Part.WHOLE) for target in job.targets))
-    engines = {name: _engine(name, job) for name in job.engines}  # what is missing is said before anything is measured
+    # what is missing is said before anything is measured
+    engines = {name: find_engine(name, job) for name in job.engines}
     _check(job)
     target = job.folder or job.gguf
     gates = doctor(job.file, target, job.source, job.settings, _reading(job, watch))
@@ -81,8 +82,8 @@ def _reading(job: VerifyJob, watch: Watch) -> Callable[[int], None]:
     return on_bytes
 
 
-def _engine(name: str, job: VerifyJob) -> Run:
-    """The engine's run, imported only now: torch takes seconds. Raises `MissingEngine`."""
+def find_engine(name: str, job: VerifyJob) -> Run:
+    """An engine's run, imported only now: torch takes seconds. Raises `MissingEngine`."""
     if name == "llama.cpp":
         from convert_drafter.converters.verify.in_llama_cpp.engine import ready, run_llama_cpp
 

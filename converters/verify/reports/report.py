@@ -16,7 +16,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from convert_drafter.converters import destination
+from convert_drafter.converters.destination import write_whole
 from convert_drafter.converters.errors import WrongInput, plain
 from convert_drafter.converters.gguf_file import file_access, partial_name
 from convert_drafter.converters.verdict import Gate, Outcome, Verdict
@@ -263,7 +263,7 @@ def write_text(content: str, path: Path, verdict: Verdict) -> None:
     for taken in (verdict.file, verdict.target, verdict.source, verdict.repaired):
         if taken is not None:
             _differ(path, Path(taken))
-    destination.write_text(content, path)
+    write_whole(content, path)
 
 
 def _differ(place: Path, taken: Path) -> None:
