@@ -178,13 +178,13 @@ def test_a_head_in_a_gguf(tmp_path: Path) -> None:
     counts = {"arch__block_count": 2, "arch__nextn_predict_layers": 1}
     names = ("blk.0.attn_q.weight", "blk.1.nextn.eh_proj.weight")
     small_gguf(tmp_path / "whole.gguf", "qwen35", names, **counts)
-    small_gguf(tmp_path / "other.gguf", "deepseek2", names, **counts)
-    small_gguf(tmp_path / "other-head.gguf", "deepseek2", names[1:], **counts)
+    small_gguf(tmp_path / "other.gguf", "unheard_of", names, **counts)
+    small_gguf(tmp_path / "other-head.gguf", "unheard_of", names[1:], **counts)
     found = by_name(scan(tmp_path))
     alone = found["mtp-Qwen3.5-Tiny-BF16.gguf"]
     assert (alone.what, alone.kind, alone.told_by) == (What.DRAFTER, "mtp-qwen35", By.TENSORS) and not alone.faults
     assert found["whole.gguf"].what is What.TARGET and found["whole.gguf"].head.kind == "mtp-qwen35"  # type: ignore[union-attr]
-    assert found["other.gguf"].what is What.TARGET and "deepseek2" in found["other.gguf"].head.note  # type: ignore[union-attr]
+    assert found["other.gguf"].what is What.TARGET and "unheard_of" in found["other.gguf"].head.note  # type: ignore[union-attr]
     assert found["other-head.gguf"].what is What.DRAFTER
 
 
