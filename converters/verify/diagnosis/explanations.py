@@ -37,9 +37,14 @@ def explanations(view: View, hints: Hints) -> Iterator[Explanation]:
     for family in FAMILIES:
         for explanation in family(view, hints):
             facts = (explanation.view.spec, explanation.view.captures)
-            if explanation.view.weights is not view.weights or facts not in tried:
+            if facts not in tried or not same_weights(explanation.view, view):
                 tried.add(facts)
                 yield explanation
+
+
+def same_weights(one: View, other: View) -> bool:
+    """The same arrays: nothing was done to any of them, as to norms that a drafter does not have."""
+    return all(one.weights[key] is array for key, array in other.weights.items())
 
 
 def layers_needed(view: View, hints: Hints) -> list[int]:
@@ -178,7 +183,7 @@ def single_facts(view: View, hints: Hints) -> Iterator[Explanation]:
         rope = replace(spec.rope, scaling=None)
         mended = f"{spec.rope.scaling.method} -> none"
         yield Explanation("rope.scaling", mended, replace(view, spec=replace(spec, rope=rope)))
-    for scale in (None, math.sqrt(spec.hidden_size)):
+    for scale in () if in_chains(view) else (None, math.sqrt(spec.hidden_size)):  # no runtime scales a chain's
         yield from fact(view, "embedding_scale", scale)
     yield from fact(view, "attention_value_scale", None)
     yield from fact(view, "context_theta", None)
