@@ -44,7 +44,8 @@ def explanations(view: View, hints: Hints) -> Iterator[Explanation]:
 
 def same_weights(one: View, other: View) -> bool:
     """The same arrays: nothing was done to any of them, as to norms that a drafter does not have."""
-    return all(one.weights[key] is array for key, array in other.weights.items())
+    same = one.weights.keys() == other.weights.keys()
+    return same and all(one.weights[key] is array for key, array in other.weights.items())
 
 
 def layers_needed(view: View, hints: Hints) -> list[int]:
@@ -68,7 +69,7 @@ def fact(view: View, name: str, value: Any, why: str = "") -> Iterator[Explanati
 BEHAVIOUR = (
     "rope.theta", "capture_layers", "window", "mask_token_id", "block_size", "causal", "rope.dimensions",
     "rope.scaling", "norm_epsilon", "context_theta", "attention_value_scale", "embedding_scale", "logit_scale",
-    "logit_softcap", "norm_before_residual",
+    "logit_softcap", "norm_before_residual", "sample_from_anchor", "selector.top_k",
 )  # fmt: skip
 
 
@@ -175,6 +176,8 @@ def single_facts(view: View, hints: Hints) -> Iterator[Explanation]:
     spec = view.spec
     if spec.norm_before_residual is not None:  # vLLM and llama.cpp take another one where a config says nothing
         yield from fact(view, "norm_before_residual", not spec.norm_before_residual)
+    if spec.sample_from_anchor is not None:  # and another one here
+        yield from fact(view, "sample_from_anchor", not spec.sample_from_anchor)
     if not in_chains(view):
         yield from fact(view, "causal", not spec.causal)
     for dimensions in (spec.head_dim, spec.head_dim // 2, spec.head_dim // 4):
@@ -192,8 +195,9 @@ def single_facts(view: View, hints: Hints) -> Iterator[Explanation]:
 
 
 FAMILIES: tuple[Family, ...] = (
-    source_facts, thetas, captures, masks, blocks, windows, single_facts,
+    source_facts, weight_explanations.source_tensors, thetas, captures, masks, blocks, windows, single_facts,
     weight_explanations.token_ids, weight_explanations.rotary_rows, weight_explanations.norms,
-    weight_explanations.swaps, weight_explanations.by_columns,
+    weight_explanations.swaps, weight_explanations.gated_queries, weight_explanations.kernels,
+    weight_explanations.by_columns,
 )  # fmt: skip
 CAPTURING: tuple[Family, ...] = (source_facts, captures)
