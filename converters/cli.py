@@ -35,6 +35,7 @@ from convert_drafter.converters.errors import DrafterError, plain
 from convert_drafter.converters.inspection import inspect
 from convert_drafter.converters.options import (
     INPUT,
+    RECIPE,
     encoding_options,
     json_option,
     parse_settings,
@@ -44,7 +45,6 @@ from convert_drafter.converters.options import (
 )
 from convert_drafter.converters.provenance import tool_version
 from convert_drafter.converters.quantize import QuantizeJob, prepare_quantize, write_quantization
-from convert_drafter.converters.recipes import RECIPES
 from convert_drafter.converters.redialect import RedialectJob, prepare_redialect, write_redialection
 from convert_drafter.converters.verdict import Outcome, Verdict
 from convert_drafter.converters.verify.job import VerifyJob
@@ -70,7 +70,7 @@ def cli() -> None:
 @click.option("--target", type=INPUT, help="The target's Hugging Face folder or GGUF: tokenizer, depth, hidden size.")
 @runtime_option
 @click.option(
-    "--quant", "recipe", metavar="RECIPE", type=click.Choice(list(RECIPES), case_sensitive=False), required=True,
+    "--quant", "recipe", metavar="RECIPE", type=RECIPE, required=True,
     help="How weights are stored: Q8_0, Q4_K_M ... (`list recipes`).",
 )  # fmt: skip
 @click.option("-o", "--out", type=INPUT, required=True, help="The GGUF to write.")
@@ -102,7 +102,7 @@ def convert(dry_run: bool, as_json: bool, **options: Any) -> None:
 @cli.command()
 @click.argument("source", metavar="IN.gguf", type=INPUT)
 @click.argument("out", metavar="OUT.gguf", type=INPUT)
-@click.argument("recipe", metavar="TYPE", type=click.Choice(list(RECIPES), case_sensitive=False))
+@click.argument("recipe", metavar="TYPE", type=RECIPE)
 @click.option("--allow-requantize", is_flag=True, help="Take tensors that are quantized already; they lose twice.")
 @click.option("--dry-run", is_flag=True, help="Show types and sizes; read no tensor data, write nothing.")
 @click.option("--strict", is_flag=True, help="Treat every warning as an error.")

@@ -47,7 +47,7 @@ class Measure:
 
     prompts: int
     new_tokens: int
-    contexts: tuple[int, ...] = ()  # of the length sweep
+    contexts: tuple[int, ...]  # of the length sweep
     alone: bool = False  # whether it is also run without the source; else only doctor looks at it so
     flags: tuple[str, ...] = ()  # of llama-server
 
@@ -55,8 +55,8 @@ class Measure:
 EXACT = ("-ctk", "f32", "-ctv", "f32")  # a head drafts from the target's own context
 KINDS = {
     "dflash": Measure(6, 64, (96,), alone=True),
-    **dict.fromkeys(("dflash2", "dspark", "eagle3"), Measure(3, 32)),
-    "mtp": Measure(3, 32, flags=EXACT),
+    **dict.fromkeys(("dflash2", "dspark", "eagle3"), Measure(4, 32, (32,))),
+    "mtp": Measure(4, 32, (32,), flags=EXACT),
 }
 EVERY = (*FAULTS, *KIND_FAULTS)  # of files: what verify has to find
 GOOD = (*RIGHT, *KIND_RIGHT)
