@@ -117,8 +117,9 @@ def verify_says(fault: tuple[str, str]) -> dict[str, Any]:
     """Of the fault of this kind and name: gates with and without the source, and the cause that diagnosis names."""
     kind, name = fault
     with tempfile.TemporaryDirectory() as place:
-        case = next(f for f in of_kind(kind, EVERY) if f.name == name).case(Workspace(Path(place)))
-        fails, verdict = gates_of(case, diagnose=True, kind=kind)
+        planted = next(f for f in of_kind(kind, EVERY) if f.name == name)
+        case = planted.case(Workspace(Path(place)))
+        fails, verdict = gates_of(case, diagnose=planted.cause is not None or kind == "dflash", kind=kind)
         alone = gates_without_source(case, kind)
         found = verdict.diagnosis.found if verdict is not None and verdict.diagnosis else None
         said = {"fails": fails, "fails_without_source": alone, "cause": found.name if found else None}

@@ -264,7 +264,7 @@ def test_a_number_too_large_for_a_key_of_our_own_is_told_with_its_config_key(mad
     source = rewritten(made("dflash2")[0], tmp_path / "drafter", {"num_target_layers": 2**40})
     with pytest.raises(WrongInput) as caught:
         convert(ConvertJob(source, None, "llama.cpp", "F32", tmp_path / "out.gguf"))
-    said = f"target_layer_count = {2**40} (num_target_layers): does not fit an unsigned 32-bit key"
+    said = f"target_layer_count = {2**40}: does not fit an unsigned 32-bit key (num_target_layers)"
     assert said in str(caught.value)
 
 

@@ -212,12 +212,12 @@ def _unstorable(cell: Cell, facts: Facts, where: Facts) -> list[str]:
     out = []
     for row in (*cell.rows, *OWN_ROWS):
         value = row.codec.encode(facts[row.field], facts) if row.field in facts else None
-        place = f" ({where[row.field]})" if row.field in where else ""
+        place = f" ({where[row.field]})" if where.get(row.field, row.field) != row.field else ""
         with np.errstate(over="ignore", under="ignore"):
             if row.type == U32 and isinstance(value, int) and not 0 <= value < 2**32:
-                out.append(f"{row.field} = {value}{place}: does not fit an unsigned 32-bit key")
+                out.append(f"{row.field} = {value}: does not fit an unsigned 32-bit key{place}")
             elif row.type == F32 and value and not 0 < abs(np.float32(value)) < np.inf:
-                out.append(f"{row.field} = {value:g}{place}: does not fit a 32-bit float key")
+                out.append(f"{row.field} = {value:g}: does not fit a 32-bit float key{place}")
     return sorted(set(out))
 
 
