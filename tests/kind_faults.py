@@ -288,8 +288,6 @@ MTP = of(
     ("the last norm is the target's", ("T-63",), STRUCTURE,
      lambda d: d.put(f"{HEAD}nextn.shared_head_norm.weight", d.weights("output_norm.weight")), "NEXTN_OUTPUT_NORM"),
     ("no embedding", ("T-19", "P-29"), STRUCTURE, drop("token_embd.weight"), None),
-    ("the head's layer is recurrent", ("A5-2",), STRUCTURE,
-     key("recurrent_layers", (False, False, True, False, False, False, False, True)), None),
     ("k and v swapped", ("T-63",), STRUCTURE,
      swap((f"{HEAD}attn_k.weight", f"{HEAD}attn_v.weight")), "ATTN_K and ATTN_V"),
     ("eh_proj in two bits", ("T-62",), STRUCTURE, in_type("Q2_K", f"{HEAD}nextn.eh_proj.weight"), None),

@@ -23,7 +23,6 @@ from convert_drafter.converters.dialects.cell import (
     Row,
     exactly,
 )
-from convert_drafter.converters.errors import WrongInput
 from convert_drafter.converters.roles import Role
 
 # The target's layers and the head's; the head's own number is known from its row above.
@@ -32,18 +31,12 @@ WITH_HEAD = Codec(
     lambda depth, facts: depth + facts["layer_count"],
     lambda stored, facts: stored - facts["layer_count"],
 )
-
-
-def _of_target(stored: tuple[bool, ...], facts: Facts) -> tuple[bool, ...]:
-    """The target's own layers; a head that is said to be linear has no place for its keys (src/models/qwen35.cpp)."""
-    depth = len(stored) - facts["layer_count"]
-    if any(stored[depth:]):
-        raise WrongInput(f"layer {depth + stored[depth:].index(True)}, a head's, is linear; heads have full attention")
-    return stored[:depth]
-
-
 # One entry for each layer, of which the head's are not linear.
-ALL_LAYERS = Codec("ALL_LAYERS", lambda layers, facts: (*layers, *[False] * facts["layer_count"]), _of_target)
+ALL_LAYERS = Codec(
+    "ALL_LAYERS",
+    lambda layers, facts: (*layers, *[False] * facts["layer_count"]),
+    lambda stored, facts: stored[: len(stored) - facts["layer_count"]],
+)
 # Width of all value heads side by side.
 ALL_HEADS = Codec(
     "ALL_HEADS",
