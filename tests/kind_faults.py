@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from faults import NOTHING, PAD, PAIRING, REFUSED, STRUCTURE, Array, Case, Fault, Good, Plant, Workspace
+from faults import ACCEPTANCE, NOTHING, PAD, PAIRING, REFUSED, STRUCTURE, Array, Case, Fault, Good, Plant, Workspace
 from gguf import GGMLQuantizationType, GGUFValueType
 from planted_faults import Draft, Edit, extra, several
 
@@ -290,10 +290,15 @@ MTP = of(
     ("no embedding", ("T-19", "P-29"), STRUCTURE, drop("token_embd.weight"), None),
     ("k and v swapped", ("T-63",), STRUCTURE,
      swap((f"{HEAD}attn_k.weight", f"{HEAD}attn_v.weight")), "ATTN_K and ATTN_V"),
-    ("eh_proj in two bits", ("T-62",), STRUCTURE, in_type("Q2_K", f"{HEAD}nextn.eh_proj.weight"), None),
     ("an unknown tensor", ("T-19",), STRUCTURE, extra(f"{HEAD}nextn.mystery.weight", (8, 256)), None),
     ("a random head of the same shapes", ("T-61",), STRUCTURE, made_up, NOTHING),
 )  # fmt: skip
+
+UNDECIDED = of(  # what its type is known to cost; more prompts would decide
+    "mtp",
+    ("eh_proj in two bits", ("T-62",), ACCEPTANCE, in_type("Q2_K", f"{HEAD}nextn.eh_proj.weight"), None),
+    outcome="undecided",
+)
 
 
 def another_target(space: Workspace, name: str) -> Case:
@@ -310,7 +315,7 @@ OTHERS = tuple(
     Fault("another vocabulary", ("T-61",), PAIRING, another_target, checkpoint=checkpoint)
     for checkpoint in ("dflash2", "dspark", "eagle3", "mtp")
 )
-KIND_FAULTS = (*DFLASH2, *DSPARK, *EAGLE3, *MTP, *OTHERS)
+KIND_FAULTS = (*DFLASH2, *DSPARK, *EAGLE3, *MTP, *UNDECIDED, *OTHERS)
 
 
 def right(checkpoint: str, *recipes: str) -> tuple[Good, ...]:
