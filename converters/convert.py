@@ -31,7 +31,7 @@ from convert_drafter.converters.launch.line import launch_line
 from convert_drafter.converters.ops import Array
 from convert_drafter.converters.plan import Dropped, Matcher, Plan, PlannedTensor, match_tensors, plan_tensors
 from convert_drafter.converters.quantized import expand
-from convert_drafter.converters.recipes import RECIPES, Recipe
+from convert_drafter.converters.recipes import RECIPES, Recipe, no_recipe
 from convert_drafter.converters.roles import role_name
 from convert_drafter.converters.shared_cache import cache_doubts, cache_misfits
 from convert_drafter.converters.spec import DrafterSpec
@@ -80,15 +80,16 @@ class Published:
     spec: DrafterSpec
     target: Target | None
     target_path: Path | None  # the checkpoint itself where the drafter lies in its target's
+    ignore: Sequence[str] = ()  # glob patterns of tensors to leave out
 
-    def match(self, ignore: Sequence[str] = ()) -> Matcher:
-        """Every tensor's place, with what does not fit; `ignore` are glob patterns of tensors to leave out."""
+    def match(self) -> Matcher:
+        """Every tensor's place, with what does not fit."""
         rules, dropped = self.kind.rules(self.reader), self.kind.dropped(self.reader)
         tensors = {
             **self.kind.arranged(self.checkpoint.tensors, self.spec),
             **self.kind.implied(self.spec, self.checkpoint.config_path),
         }
-        matcher = match_tensors(self.spec, rules, dropped, tensors, ignore)
+        matcher = match_tensors(self.spec, rules, dropped, tensors, self.ignore)
         matcher.dropped += [Dropped(name, reason) for name, reason in self.checkpoint.left_out.items()]
         return matcher
 
@@ -128,14 +129,17 @@ class Report:
 
 
 def read_published(
-    source: Path, target_path: Path | None = None, settings: Mapping[str, str] | None = None
+    source: Path, target_path: Path | None = None, settings: Mapping[str, str] | None = None, ignore: Sequence[str] = ()
 ) -> Published:
-    """Open a checkpoint and read every fact. Raises `WrongInput` naming file and key."""
+    """Open a checkpoint and read every fact. Raises `WrongInput` naming file and key.
+
+    `ignore` are glob patterns of tensors to leave out; of a quantized one parts may be missing then.
+    """
     source = fetch(source, Part.DRAFTER, needed)
     target_path = None if target_path is None else fetch(target_path, Part.CONFIG)
     checkpoint = open_checkpoint(source, needed)
     reader = ConfigReader(checkpoint.config, str(checkpoint.config_path), settings)
-    checkpoint = stack_experts(expand(checkpoint, reader))
+    checkpoint = stack_experts(expand(checkpoint, reader, ignore))
     kind = detect(reader, checkpoint.tensors)
     if target_path is None and kind.in_target:
         target_path = checkpoint.root
@@ -146,18 +150,18 @@ def read_published(
         place = reader.origins.get(bad.field, bad.field)
         raise reader.error(place, f"found {bad.found!r}", bad.expected) from bad
     reader.ignore(*kind.ignored)
-    return Published(checkpoint, kind, reader, spec, target, target_path)
+    return Published(checkpoint, kind, reader, spec, target, target_path, ignore)
 
 
 def prepare(job: ConvertJob) -> Conversion:
     """Decide everything about a conversion from headers alone. Raises with every problem; writes nothing."""
     recipe = find_recipe(job.recipe)
-    published = read_published(job.source, job.target, job.settings)
+    published = read_published(job.source, job.target, job.settings, job.ignore)
     job = replace(job, target=published.target_path)
     reader, spec, checkpoint = published.reader, published.spec, published.checkpoint
     cell = find_cell(published.kind.name, job.runtime)
     refuse_overwriting(job.out, sources_of(checkpoint, job.target))
-    matcher = published.match(job.ignore)
+    matcher = published.match()
     importance = read_importance(job.importance) if job.importance else None
     options = replace(job.options, importance=importance is not None)
     plan = plan_tensors(matcher, recipe, cell.tensor_name, cell.runtime, cell.needs, options, cell.transforms)
@@ -165,7 +169,7 @@ def prepare(job: ConvertJob) -> Conversion:
     problems = [
         *matcher.problems,
         *ids_of_checkpoint(matcher, checkpoint.tensors),
-        *objections(cell, spec, architecture),
+        *objections(cell, spec, architecture, reader.origins),
         *_mispairing(spec, target),
     ]
     if problems:
@@ -242,7 +246,7 @@ def encoded(
 
 def find_recipe(name: str) -> Recipe:
     if name not in RECIPES:
-        raise WrongUsage(f"unknown recipe {name!r}; there are: {', '.join(RECIPES)}")
+        raise WrongUsage(no_recipe(name))
     return RECIPES[name]
 
 

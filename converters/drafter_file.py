@@ -120,8 +120,8 @@ def cell_of_file(file: GGUFFile) -> Cell:
         if entry is not None and any(cell.arch == entry.value for cell in CELLS.values()):
             found += " without a tensor of an MTP head: a target"
         if declared := file.keys.get(f"{'' if entry is None else entry.value}.nextn_predict_layers"):
-            head = "but no tensor of an MTP head: llama.cpp stops at the first of them that is not there"
-            raise WrongInput(f"{file.path}: {declared.key}: found {declared.value}, {head}")
+            head = f"but no {Role.NEXTN_PROJ.value.replace('{i}', '*')}, which every MTP head has"
+            raise WrongInput(f"{file.path}: {declared.key}: found {declared.value}, {head}; llama.cpp stops there")
         known = ", ".join(dict.fromkeys(f"{cell.arch} ({cell.runtime})" for cell in CELLS.values()))
         raise WrongInput(f"{file.path}: {ARCHITECTURE}: {found}, expected a drafter's: {known}")
     return cell

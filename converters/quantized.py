@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 
 from convert_drafter.converters import packed
 from convert_drafter.converters.checkpoint import Checkpoint, Headers, TensorHeader, read_rows
@@ -38,15 +39,16 @@ BLOCK_BYTES = 16  # of a block of MXFP4, which is 32 weights
 ADVICE = "download the file again or use another release"
 
 
-def expand(checkpoint: Checkpoint, reader: ConfigReader) -> Checkpoint:
+def expand(checkpoint: Checkpoint, reader: ConfigReader, ignore: Sequence[str] = ()) -> Checkpoint:
     """The checkpoint with its quantized tensors as what they stand for; the same one where it states no quantization.
 
+    What is wrong with a tensor that `ignore` matches, its glob patterns, is nobody's concern: it is left out later.
     Raises `WrongInput` naming a way to quantize that is not read, `Problems` with every tensor that is incomplete.
     """
     stated = statement(reader, checkpoint.root)
     if stated is None:
         return checkpoint
-    found = _Grouping(stated, checkpoint.tensors).run()
+    found = _Grouping(stated, checkpoint.tensors, ignore).run()
     if found.problems:
         raise Problems(f"{checkpoint.root}: {stated.origin}", found.problems)
     reader.origins["quantization"] = stated.origin
@@ -66,6 +68,7 @@ class _Grouping:
 
     stated: Statement
     raw: Mapping[str, TensorHeader]
+    ignore: Sequence[str] = ()
     logical: Headers = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -89,8 +92,17 @@ class _Grouping:
             scheme = _scheme(stem, schemes, self.raw)
             self._add(stem, _packed(stem, scheme, self.raw, self.stated.grids))
         except WrongInput as error:
-            self.problems.append(f"{error}; {ADVICE}")
-            self.used |= {stem + end for scheme in schemes for end in _ends(scheme)}
+            parts = {stem + end for scheme in schemes for end in _ends(scheme)}
+            self.used |= parts
+            if not self._ignored(self.raw[name], stem, *sorted(parts)):
+                self.problems.append(f"{error}; {ADVICE}")
+
+    def _ignored(self, part: TensorHeader, *names: str) -> bool:
+        """Whether the user leaves the tensor out by one of its names; under that the part stays, to be left out."""
+        known = next((name for name in names if any(fnmatchcase(name, mask) for mask in self.ignore)), None)
+        if known is not None and known not in self.logical:
+            self.logical[known] = replace(part, name=known)
+        return known is not None
 
     def _add(self, stem: str, tensor: Packed) -> None:
         parts = [part for part in (tensor.codes, tensor.scale, tensor.second, tensor.zeros) if part is not None]
@@ -106,6 +118,8 @@ class _Grouping:
         last, part = name.rpartition(".")[2], COMPANION.fullmatch(name)
         if last in LEFT_OUT:
             self.left_out[name] = LEFT_OUT[last]
+        elif (last in REFUSED or part) and self._ignored(header, name, *([part[1]] if part else [])):
+            pass
         elif last in REFUSED:
             self.problems.append(f"{name}: {REFUSED[last]}; use {UNQUANTIZED}")
         elif part and (part[1] in self.raw or last.startswith("weight_")):

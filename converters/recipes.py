@@ -7,7 +7,9 @@ whole files compare equal. NAME-drafter is the same with a floor under the tenso
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from textwrap import wrap
 
 from convert_drafter.converters.recipe_rules import RULES, Rule
 from convert_drafter.converters.roles import Role
@@ -84,6 +86,8 @@ KEPT_IN_DRAFTERS = (
     ),
 )  # fmt: skip
 LEAST = "Q8_0"
+DRAFTER = "-drafter"  # behind the name of a recipe that keeps them
+WIDTH = 78  # columns of a message
 
 # --- recipes ---
 
@@ -122,7 +126,7 @@ def _for_drafters(recipe: Recipe) -> Recipe:
     """
     summary = f"{recipe.name}, but fc, selector, Markov and MTP heads not below {LEAST}"
     return replace(
-        recipe, name=f"{recipe.name}-drafter", summary=summary, kept=KEPT_IN_DRAFTERS, kept_f32=F32_IN_DRAFTERS
+        recipe, name=f"{recipe.name}{DRAFTER}", summary=summary, kept=KEPT_IN_DRAFTERS, kept_f32=F32_IN_DRAFTERS
     )
 
 
@@ -132,3 +136,18 @@ RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _OF_LLAMA_QUANTI
     for drafter in map(_for_drafters, _OF_LLAMA_QUANTIZE)
     if drafter.rules and drafter.weights != "MXFP4"
 }
+
+
+def no_recipe(name: str) -> str:
+    """What to say of a name that is no recipe: what may be meant, and all there are, in lines of a terminal."""
+    upper = {known.upper(): known for known in RECIPES}
+    near = [upper[known] for known in get_close_matches(name.upper(), upper, 2)]
+    meant = f"; did you mean {' or '.join(near)}?" if near else ""
+    plain = [known for known in RECIPES if not known.endswith(DRAFTER)]
+    of_drafters = [known.removesuffix(DRAFTER) for known in RECIPES if known.endswith(DRAFTER)]
+    kept = f"and with {DRAFTER} behind it (fc, selector, Markov and MTP heads not below {LEAST}):"
+    return "\n".join([f"found {name!r}, expected a recipe{meant}", *_lines(plain), kept, *_lines(of_drafters)])
+
+
+def _lines(names: list[str]) -> list[str]:
+    return wrap(" ".join(names), WIDTH, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)

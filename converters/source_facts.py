@@ -26,14 +26,14 @@ def read_source(survey: Survey, source: Path, target: Path | None, settings: Map
 
     It is read without the target where that is not its target.
     """
-    settings = {**recorded_settings(survey.file), **settings}
+    settings, ignore = {**recorded_settings(survey.file), **settings}, noted(survey.file, IGNORED)
     if target is None:
-        return read_published(source, None, settings)
+        return read_published(source, None, settings, ignore)
     try:
-        return read_published(source, target, settings)
+        return read_published(source, target, settings, ignore)
     except WrongInput as error:
         try:
-            return read_published(source, None, settings)
+            return read_published(source, None, settings, ignore)
         except WrongInput:
             raise error from None
 
@@ -73,7 +73,7 @@ def overruled(survey: Survey, source: Path, target: Path | None, settings: Mappi
     if not any(noted(survey.file, key) for key in (SETTINGS, REWRITTEN)):
         return
     try:
-        published = read_published(source, target, settings)
+        published = read_published(source, target, settings, noted(survey.file, IGNORED))
     except WrongInput:
         return  # without them it cannot be read: they were needed
     wanted, _ = read_all(survey.cell, {entry.key: entry for entry in write(survey.cell, published.spec)})

@@ -1,8 +1,8 @@
-"""A bench of planted faults: what goes wrong with drafters' files, each planted once in the pair's file.
+"""A bench of planted faults: what goes wrong with drafters' files, each planted once in a file of its kind.
 
 The ids are the traps (T-..), silent fallbacks (P-..) and seed behaviours (A..) they come from; `RIGHT` are files that
 have to pass. Every fault is made on a converted file by changing keys, weights, blocks or bytes, never by a special
-case in the converter.
+case in the converter. Those of DFlash are here, the others' in `kind_faults.py`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ import shutil
 import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import make_mtp
 import ml_dtypes
 import numpy as np
 from engine import llama_binary
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
+from make_checkpoints import make
 from published import PAIR, write_safetensors
 
 from convert_drafter.converters import ConvertJob, convert
@@ -31,6 +34,7 @@ T = GGUFValueType
 Array = np.ndarray
 Weights = dict[str, Array]
 STRUCTURE, PAIRING, DRAFTS, ACCEPTANCE = "structure", "pairing", "same drafts", "acceptance"
+REFUSED = "refused"  # the gate of a file that verify does not take for a drafter's at all
 DELETE = object()
 NOTHING = "nothing"  # the cause of what no explanation restores
 HEADS, KV_HEADS, HEAD_DIM, LAYERS, VOCAB = 8, 2, 64, 2, 2048
@@ -52,15 +56,38 @@ class Case:
 
 
 class Workspace:
-    """A folder of converted files, each made once."""
+    """A folder of a checkpoint's converted files, each made once: the pair's DFlash drafter, or another of CHECKPOINTS.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    An MTP head's checkpoint is its target's.
+    """
+
+    def __init__(self, folder: Path, checkpoint: str = "dflash") -> None:
+        self.folder, self.checkpoint = folder, checkpoint
+        self.target = PAIR / "target"
+        self._others = dict[str, Workspace]()
+
+    def of(self, checkpoint: str) -> Workspace:
+        """Beside this one, of another checkpoint."""
+        if checkpoint == self.checkpoint:
+            return self
+        if checkpoint not in self._others:
+            (folder := self.folder / checkpoint.replace(" ", "-")).mkdir(exist_ok=True)
+            self._others[checkpoint] = Workspace(folder, checkpoint)
+        return self._others[checkpoint]
+
+    @cached_property
+    def source(self) -> Path:
+        if self.checkpoint == "dflash":
+            return PAIR / "drafter"
+        if self.checkpoint == "mtp":
+            self.target = make_mtp.trained(self.folder / "source")
+            return self.target
+        return make(self.checkpoint, self.folder / "source")
 
     def converted(self, recipe: str = "BF16", runtime: str = "llama.cpp") -> Path:
         out = self.folder / f"{runtime}-{recipe}.gguf"
         if not out.exists():
-            convert(ConvertJob(PAIR / "drafter", PAIR / "target", runtime, recipe, out))
+            convert(ConvertJob(self.source, self.target, runtime, recipe, out))
         return out
 
     def place(self, name: str) -> Path:
@@ -68,6 +95,11 @@ class Workspace:
         folder = self.folder / name.replace(" ", "-").replace("/", "-")
         folder.mkdir(parents=True, exist_ok=True)
         return folder / "drafter.gguf"
+
+    def case(self, file: Path, **more: Any) -> Case:
+        """The file beside this checkpoint and its target."""
+        source = self.source  # may make the target
+        return Case(file, **{"target": self.target, "source": source, **more})
 
 
 Plant = Callable[[Workspace, str], Case]
@@ -89,9 +121,14 @@ class Fault:
     cause: str | None = None
     outcome: str = "fail"
     measured: bool = True
+    checkpoint: str = "dflash"
+
+    @property
+    def kind(self) -> str:
+        return self.checkpoint.split()[0]
 
     def case(self, space: Workspace) -> Case:
-        return self.plant(space, self.name)
+        return self.plant(space.of(self.checkpoint), self.name)
 
 
 # --- how faults are planted ---
@@ -105,7 +142,7 @@ def keys(changes: Mapping[str, Any], recipe: str = "BF16", runtime: str = "llama
         entries = {entry.key: entry for entry in (changed_key(file, *kv) for kv in changes.items()) if entry}
         kept = {key: entry for key, entry in file.keys.items() if key not in changes}
         write_gguf(out, list((kept | entries).values()), list(file.tensors.values()), lambda t: file.slabs(t.name))
-        return Case(out)
+        return space.case(out)
 
     return plant
 
@@ -127,7 +164,7 @@ def weights(change: Callable[[Weights], Mapping[str, Array]], recipe: str = "F32
         kinds = {t.name: t.type for t in stored}
         tensors = [StoredTensor(n, a.shape, kinds.get(n, GGMLQuantizationType.F32)) for n, a in new.items()]
         write_gguf(out, list(file.keys.values()), tensors, lambda t: [encoded(new[t.name], t.type.name)])
-        return Case(out)
+        return space.case(out)
 
     return plant
 
@@ -146,7 +183,7 @@ def blocks(recipe: str, tensor: str, change: Callable[[Array], None]) -> Plant:
         part = np.frombuffer(data, np.uint8, stored.n_bytes, file.offsets[tensor])
         change(part.reshape(-1, stored.row_bytes))
         out.write_bytes(data)
-        return Case(out)
+        return space.case(out)
 
     return plant
 
@@ -158,7 +195,7 @@ def cut(size: Callable[[GGUFFile, int], int], recipe: str = "BF16") -> Plant:
         whole, out = space.converted(recipe), space.place(name)
         data = whole.read_bytes()
         out.write_bytes(data[: size(read_gguf(whole), len(data))])
-        return Case(out)
+        return space.case(out)
 
     return plant
 
@@ -172,7 +209,7 @@ def without_tensors(space: Workspace, name: str) -> Case:
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     writer.close()
-    return Case(out)
+    return space.case(out)
 
 
 # --- changes of weights ---
@@ -262,7 +299,7 @@ def relabelled(space: Workspace, name: str) -> Case:
     file, out = read_gguf(space.converted("Q2_K")), space.place(name)
     entries = file.keys | {"general.file_type": replace(file.keys["general.file_type"], value=7)}
     write_gguf(out, list(entries.values()), list(file.tensors.values()), lambda t: file.slabs(t.name))
-    return Case(out)
+    return space.case(out)
 
 
 def norms_of_16_bits(space: Workspace, name: str) -> Case:
@@ -276,7 +313,7 @@ def norms_of_16_bits(space: Workspace, name: str) -> Case:
         return [stored.view(np.float32).astype(np.float16) if tensor.type == half else stored]
 
     write_gguf(out, list(file.keys.values()), tensors, data)
-    return Case(out)
+    return space.case(out)
 
 
 def last(file: GGUFFile) -> str:
@@ -299,7 +336,7 @@ def other_target(change: Mapping[str, Any], layers: int = 6, hidden: int = 256) 
         out, folder = space.place(name), space.folder / f"{name.replace(' ', '-')}-target"
         write_random_target(folder, change, layers, hidden)
         shutil.copy(space.converted(), out)
-        return Case(out, target=folder)
+        return space.case(out, target=folder)
 
     return plant
 
@@ -329,7 +366,7 @@ def run_with(*flags: str) -> Plant:
     def plant(space: Workspace, name: str) -> Case:
         out = space.place(name)
         shutil.copy(space.converted(), out)
-        return Case(out, flags=flags)
+        return space.case(out, flags=flags)
 
     return plant
 
@@ -494,10 +531,18 @@ class Good:
 
     name: str
     make: Callable[[Workspace], Case]
+    checkpoint: str = "dflash"
+
+    @property
+    def kind(self) -> str:
+        return self.checkpoint.split()[0]
+
+    def case(self, space: Workspace) -> Case:
+        return self.make(space.of(self.checkpoint))
 
 
 def good(recipe: str, runtime: str = "llama.cpp") -> Good:
-    return Good(f"{recipe} for {runtime}", lambda space: Case(space.converted(recipe, runtime)))
+    return Good(f"{recipe} for {runtime}", lambda space: space.case(space.converted(recipe, runtime)))
 
 
 def by_llama_quantize(space: Workspace) -> Case:
@@ -505,7 +550,7 @@ def by_llama_quantize(space: Workspace) -> Case:
     out = space.place("llama-quantize")
     command = [llama_binary("llama-quantize"), space.converted("BF16"), out, "Q8_0"]
     subprocess.run([*map(str, command)], check=True, capture_output=True)
-    return Case(out)
+    return space.case(out)
 
 
 RIGHT = (

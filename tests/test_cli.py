@@ -387,3 +387,14 @@ def test_a_terminated_run_leaves_nothing(tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=30)
     assert errors.strip() == b"error: interrupted; nothing was left behind"
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("q4km", "did you mean Q4_K_M"), ("Q9", ""), ("q5_0-draft", "Q5_0-drafter")]
+)
+def test_a_wrong_recipe_lists_all_of_them_in_lines_of_a_terminal(name: str, meant: str, run: Run) -> None:
+    lines = run("quantize", "a.gguf", "b.gguf", name, code=2).stderr.splitlines()
+    said = next(i for i, line in enumerate(lines) if f"found {name!r}, expected a recipe" in line)
+    assert meant in lines[said] and all(len(line) <= 80 for line in lines[said + 1 :])
+    listed = " ".join(lines[said + 1 :])
+    assert all(recipe.removesuffix("-drafter") in listed for recipe in RECIPES) and "with -drafter behind it" in listed

@@ -33,7 +33,9 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def outcomes(file: Path, **options: Any) -> tuple[dict[str, Outcome], Any]:
-    verdict = verify(VerifyJob(file, (TARGET,), prompts=PROMPTS, max_prompts=6, new_tokens=32, contexts=(), **options))
+    verdict = verify(
+        VerifyJob(file, (TARGET,), prompts=PROMPTS, max_prompts=6, new_tokens=32, contexts=(32,), **options)
+    )
     return {gate.name: gate.outcome for gate in verdict.gates}, verdict
 
 

@@ -260,12 +260,22 @@ def test_what_changes_nothing_is_taken(made: Maker, tmp_path: Path, name: str) -
     assert structure(tmp_path / "out.gguf", source).outcome is Outcome.PASS
 
 
+def test_a_number_too_large_for_a_key_of_our_own_is_told_with_its_config_key(made: Maker, tmp_path: Path) -> None:
+    source = rewritten(made("dflash2")[0], tmp_path / "drafter", {"num_target_layers": 2**40})
+    with pytest.raises(WrongInput) as caught:
+        convert(ConvertJob(source, None, "llama.cpp", "F32", tmp_path / "out.gguf"))
+    said = f"target_layer_count = {2**40}: does not fit an unsigned 32-bit key (num_target_layers)"
+    assert said in str(caught.value)
+
+
 def test_sliding_layers_of_speculators_look_backwards(made: Maker, tmp_path: Path) -> None:
     """Unless they say otherwise; where only some slide, no key can say it."""
     source, slides = made("dspark of speculators")[0], {"sliding_window_non_causal": False}
     inner = json.loads((source / "config.json").read_text())["transformer_layer_config"]
-    with pytest.raises(WrongInput, match="sliding_window_non_causal: false, but some layers do not slide"):
+    with pytest.raises(WrongInput, match="sliding_window_non_causal: false, but some layers do not slide") as caught:
         convert(ConvertJob(rewritten(source, tmp_path / "a", slides), TARGET, "llama.cpp", "F32", tmp_path / "a.gguf"))
+    assert "ik_llama.cpp and Lucebox let sliding layers look backwards" in str(caught.value)
+    assert "for them is_causal=false" in str(caught.value)
     all_slide = {"transformer_layer_config": {**inner, "layer_types": ["sliding_attention"] * 2}}
     other = rewritten(source, tmp_path / "b", {**slides, **all_slide})
     convert(ConvertJob(other, TARGET, "llama.cpp", "F32", tmp_path / "b.gguf"))

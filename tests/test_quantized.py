@@ -376,6 +376,43 @@ def test_every_problem_at_once(tmp_path: Path) -> None:
     assert [problem.split()[0] for problem in caught.value.problems] == ["x.weight", "y.weight_scale_inv"]
 
 
+@pytest.mark.parametrize(
+    ("source", "lost", "mask"),
+    [
+        (FP8_BLOCK, "weight_scale_inv", "rotary_emb.extra.weight"),
+        (FP8_BLOCK, "weight", "rotary_emb.extra.weight_scale_inv"),
+        (FP8_BLOCK, "weight", "rotary_*"),
+        (INT4, "weight_scale", "rotary_emb.extra.weight_packed"),
+        (INT4, "weight_shape", "rotary_emb.extra.weight"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_incomplete_tensor_may_be_left_out(tmp_path: Path, source: Source, lost: str, mask: str) -> None:
+    """By its own name or by a part's; the file that is made then is the checkpoint's, and says what was left out."""
+    config = small_config(quantization_config=dict(source.config), vocab_size=2048)
+    config["dflash_config"]["mask_token_id"] = 250
+    raw, _ = tensors_of(source, dflash_shapes(config) | {"rotary_emb.extra.weight": (96, 64)})
+    raw.pop(f"rotary_emb.extra.{lost}")
+    folder, out = write_checkpoint(tmp_path / "drafter", config, raw), tmp_path / "out.gguf"
+    with pytest.raises(Problems, match=r"rotary_emb\.extra"):
+        prepare(ConvertJob(folder, None, "lucebox", "F16", out))
+    report = convert(ConvertJob(folder, None, "lucebox", "F16", out, ignore=(mask,)))
+    dropped = {drop.source: drop.reason for drop in report.conversion.plan.dropped}
+    assert any(reason == f"--ignore-tensor '{mask}'" for reason in dropped.values()), dropped
+    assert all("rotary_emb.extra" in name for name in dropped)
+    assert not any("extra" in name for name in read_gguf(out).tensors)
+    structure, *_ = doctor(out, None, folder)
+    assert structure.outcome is Outcome.PASS, structure.details
+
+
+def test_a_pattern_that_matches_something_else_does_not_help(tmp_path: Path) -> None:
+    raw, _ = tensors_of(FP8_BLOCK, {"x.weight": (96, 64)})
+    del raw["x.weight_scale_inv"]
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path, {"quantization_config": FP8_BLOCK.config}, raw))
+    with pytest.raises(Problems, match=r"x\.weight"):
+        expand(checkpoint, ConfigReader(checkpoint.config, str(checkpoint.config_path)), ("y.*",))
+
+
 def test_two_groups_that_both_fit_are_not_chosen_between(tmp_path: Path) -> None:
     """Two rows of blocks: of 100 rows and of 128."""
     groups = [weights_args("float", 8, "block", block_structure=[rows, 64]) for rows in (100, 128)]

@@ -10,6 +10,7 @@ from convert_drafter.converters.attach import prepare_attach
 from convert_drafter.converters.commands import show, show_quantize
 from convert_drafter.converters.commands.options import (
     INPUT,
+    RECIPE,
     changed_option,
     encoding_options,
     json_option,
@@ -20,7 +21,6 @@ from convert_drafter.converters.commands.options import (
 from convert_drafter.converters.commands.output import emit, emit_made, errors, progress
 from convert_drafter.converters.convert import ConvertJob, prepare, write_conversion
 from convert_drafter.converters.quantize import QuantizeJob, prepare_quantize, write_quantization
-from convert_drafter.converters.recipes import RECIPES
 from convert_drafter.converters.redialect import RedialectJob, prepare_redialect, write_redialection
 from convert_drafter.converters.stamp import if_changed
 
@@ -30,7 +30,7 @@ from convert_drafter.converters.stamp import if_changed
 @click.option("--target", type=INPUT, help="The target's Hugging Face folder or GGUF: tokenizer, depth, hidden size.")
 @runtime_option
 @click.option(
-    "--quant", "recipe", metavar="RECIPE", type=click.Choice(list(RECIPES), case_sensitive=False), required=True,
+    "--quant", "recipe", metavar="RECIPE", type=RECIPE, required=True,
     help="How weights are stored: Q8_0, Q4_K_M ... (`list recipes`).",
 )  # fmt: skip
 @click.option("-o", "--out", type=INPUT, required=True, help="The GGUF to write.")
@@ -63,7 +63,7 @@ def convert(dry_run: bool, only_changed: bool, as_json: bool, **options: Any) ->
 @click.command()
 @click.argument("source", metavar="IN.gguf", type=INPUT)
 @click.argument("out", metavar="OUT.gguf", type=INPUT)
-@click.argument("recipe", metavar="TYPE", type=click.Choice(list(RECIPES), case_sensitive=False))
+@click.argument("recipe", metavar="TYPE", type=RECIPE)
 @click.option("--allow-requantize", is_flag=True, help="Take tensors that are quantized already; they lose twice.")
 @click.option("--dry-run", is_flag=True, help="Show types and sizes; read no tensor data, write nothing.")
 @click.option("--strict", is_flag=True, help="Treat every warning as an error.")

@@ -13,12 +13,22 @@ import click
 
 from convert_drafter.converters.dialects import RUNTIMES
 from convert_drafter.converters.preflight import Plans
-from convert_drafter.converters.recipes import RECIPES
+from convert_drafter.converters.recipes import RECIPES, no_recipe
 from convert_drafter.converters.type_choice import TypeOptions
 from convert_drafter.converters.verify.job import DTYPES, ENGINES, VerifyJob
 
 INPUT = click.Path(path_type=Path)
 TYPE_WISHES = ("tensor_types", "pure", "output_type", "embedding_type", "no_fallback")
+
+
+class RecipeName(click.Choice[str]):
+    """A recipe, in capitals or not; the message for anything else fits a terminal."""
+
+    def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
+        return no_recipe(str(value))
+
+
+RECIPE = RecipeName(list(RECIPES), case_sensitive=False)
 
 
 def settings_option(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,8 +8,11 @@ from convert_drafter.converters.dialects.cell import F32, OWN_ROWS, U32, Cell, F
 from convert_drafter.converters.spec import DrafterSpec, facts_of
 
 
-def objections(cell: Cell, spec: DrafterSpec, architecture: str | None = None) -> list[str]:
-    """Every fact of `spec` that this runtime cannot carry or does not accept; `architecture` is the target's."""
+def objections(cell: Cell, spec: DrafterSpec, architecture: str | None = None, where: Facts | None = None) -> list[str]:
+    """Every fact of `spec` that this runtime cannot carry or does not accept.
+
+    `architecture` is the target's, `where` the config keys that facts are from.
+    """
     facts = facts_of(spec)
     fixed = {implied.field: implied.value(facts) for implied in cell.implied}
     carried = {row.field for row in (*cell.rows, *OWN_ROWS)} | set(cell.harmless)
@@ -23,19 +26,20 @@ def objections(cell: Cell, spec: DrafterSpec, architecture: str | None = None) -
         broken.append(
             f"capture_layers: the last layer is captured; {cell.runtime} has no state after it ({architecture})"
         )
-    return lost + broken + _unstorable(cell, facts)
+    return lost + broken + _unstorable(cell, facts, where or {})
 
 
-def _unstorable(cell: Cell, facts: Facts) -> list[str]:
-    """Facts whose number its key cannot hold."""
+def _unstorable(cell: Cell, facts: Facts, where: Facts) -> list[str]:
+    """Facts whose number its key cannot hold, our own keys included."""
     out = []
-    for row in cell.rows:
+    for row in (*cell.rows, *OWN_ROWS):
         value = row.codec.encode(facts[row.field], facts) if row.field in facts else None
+        place = f" ({where[row.field]})" if where.get(row.field, row.field) != row.field else ""
         with np.errstate(over="ignore", under="ignore"):
             if row.type == U32 and isinstance(value, int) and not 0 <= value < 2**32:
-                out.append(f"{row.field} = {value}: does not fit an unsigned 32-bit key")
+                out.append(f"{row.field} = {value}: does not fit an unsigned 32-bit key{place}")
             elif row.type == F32 and value and not 0 < abs(np.float32(value)) < np.inf:
-                out.append(f"{row.field} = {value:g}: does not fit a 32-bit float key")
+                out.append(f"{row.field} = {value:g}: does not fit a 32-bit float key{place}")
     return sorted(set(out))
 
 

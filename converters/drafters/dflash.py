@@ -236,8 +236,9 @@ def read_sliding_causality(
     if stated not in (None, not otherwise):
         raise reader.error(SLIDING_CAUSALITY, f"{otherwise}, but another key says causal = {stated}", settle)
     if not otherwise and not all(window.layers):
-        found = "false, but some layers do not slide"
-        raise reader.error(SLIDING_CAUSALITY, found, f"all of them or none to: no key can say it; {settle}")
+        one = "one thing for all layers, which is all that a file can say and llama.cpp compute"
+        others = "ik_llama.cpp and Lucebox let sliding layers look backwards whatever it says: for them is_causal=false"
+        raise reader.error(SLIDING_CAUSALITY, "false, but some layers do not slide", f"{one}; {settle} ({others})")
     return not otherwise
 
 

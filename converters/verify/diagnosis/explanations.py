@@ -38,9 +38,15 @@ def explanations(view: View, hints: Hints) -> Iterator[Explanation]:
     for family in FAMILIES:
         for explanation in family(view, hints):
             facts = (explanation.view.spec, explanation.view.captures)
-            if explanation.view.weights is not view.weights or facts not in tried:
+            if facts not in tried or not same_weights(explanation.view, view):
                 tried.add(facts)
                 yield explanation
+
+
+def same_weights(one: View, other: View) -> bool:
+    """The same arrays: nothing was done to any of them, as to norms that a drafter does not have."""
+    same = one.weights.keys() == other.weights.keys()
+    return same and all(one.weights[key] is array for key, array in other.weights.items())
 
 
 def layers_needed(view: View, hints: Hints) -> list[int]:
@@ -64,7 +70,7 @@ def fact(view: View, name: str, value: Any, why: str = "") -> Iterator[Explanati
 BEHAVIOUR = (
     "rope.theta", "sliding.theta", "sliding.dimensions", "capture_layers", "window", "mask_token_id", "block_size",
     "causal", "rope.dimensions", "rope.scaling", "norm_epsilon", "context_theta", "attention_value_scale",
-    "embedding_scale", "logit_scale", "logit_softcap", "norm_before_residual",
+    "embedding_scale", "logit_scale", "logit_softcap", "norm_before_residual", "sample_from_anchor", "selector.top_k",
 )  # fmt: skip
 
 
@@ -173,6 +179,8 @@ def single_facts(view: View, hints: Hints) -> Iterator[Explanation]:
     spec = view.spec
     if spec.norm_before_residual is not None:  # vLLM and llama.cpp take another one where a config says nothing
         yield from fact(view, "norm_before_residual", not spec.norm_before_residual)
+    if spec.sample_from_anchor is not None:  # and another one here
+        yield from fact(view, "sample_from_anchor", not spec.sample_from_anchor)
     if not in_chains(view):
         yield from fact(view, "causal", not spec.causal)
     if (Role.ROPE_FACTORS, None) not in view.weights:  # a tensor of as many
@@ -182,7 +190,7 @@ def single_facts(view: View, hints: Hints) -> Iterator[Explanation]:
         rope = replace(spec.rope, scaling=None)
         mended = f"{spec.rope.scaling.method} -> none"
         yield Explanation("rope.scaling", mended, replace(view, spec=replace(spec, rope=rope)))
-    for scale in (None, math.sqrt(spec.hidden_size)):
+    for scale in () if in_chains(view) else (None, math.sqrt(spec.hidden_size)):  # no runtime scales a chain's
         yield from fact(view, "embedding_scale", scale)
     yield from fact(view, "attention_value_scale", None)
     yield from fact(view, "context_theta", None)
@@ -191,8 +199,9 @@ def single_facts(view: View, hints: Hints) -> Iterator[Explanation]:
 
 
 FAMILIES: tuple[Family, ...] = (
-    source_facts, thetas, captures, masks, blocks, windows, single_facts,
+    source_facts, weight_explanations.source_tensors, thetas, captures, masks, blocks, windows, single_facts,
     weight_explanations.token_ids, weight_explanations.rotary_rows, weight_explanations.norms,
-    weight_explanations.swaps, weight_explanations.by_columns,
+    weight_explanations.swaps, weight_explanations.gated_queries, weight_explanations.kernels,
+    weight_explanations.by_columns,
 )  # fmt: skip
 CAPTURING: tuple[Family, ...] = (source_facts, captures)

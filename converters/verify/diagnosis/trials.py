@@ -11,6 +11,7 @@ from torch import Tensor
 from convert_drafter.converters.errors import WrongInput
 from convert_drafter.converters.verify.acceptance import Acceptance, matching, total
 from convert_drafter.converters.verify.diagnosis.view import View
+from convert_drafter.converters.verify.in_torch.chains import draft_chains, in_chains
 from convert_drafter.converters.verify.in_torch.drafting import Drafting, Variant, captured_states
 from convert_drafter.converters.verify.in_torch.reference.dflash import Context, DFlash
 from convert_drafter.converters.verify.in_torch.reference.drafter import Drafted, Tables
@@ -114,18 +115,22 @@ def blocks(drafting: Drafting, text: Text, anchors: range) -> Drafted:
     count = min(drafting.variant.spec.draft_length, text.limit - 1 - anchors[-1])
     drafter, tables = drafting.drafter, drafting.target.tables
     context = drafter.read(None, captured_states(text, drafting.variant), text.tokens, tables)
-    if isinstance(drafter, DFlash) and not drafter.depends:
-        logits = blocks_at_once(drafter, context, text, anchors, count, tables)
-        return Drafted(logits.argmax(-1), logits)
-    each = [drafter.draft(drafter.until(context, p), text.tokens[p], count, tables) for p in anchors]
+    if in_chains(drafter):
+        return draft_chains(drafter, context, text.tokens, anchors, count, tables)
+    if isinstance(drafter, DFlash) and drafter.spec.convolution is None:
+        each = blocks_at_once(drafter, context, text, anchors, count, tables)
+    else:
+        each = [drafter.draft(drafter.until(context, p), text.tokens[p], count, tables) for p in anchors]
     return Drafted(torch.stack([one.tokens for one in each]), torch.stack([one.logits.float() for one in each]))
 
 
-def blocks_at_once(drafter: DFlash, context: Context, text: Text, anchors: range, count: int, tables: Tables) -> Tensor:
-    """Logits (anchors, count, vocab) f32 in one pass: every block sees the context before it, and itself."""
+def blocks_at_once(
+    drafter: DFlash, context: Context, text: Text, anchors: range, count: int, tables: Tables
+) -> list[Drafted]:
+    """Every anchor's block in one pass: each sees the context before it, and itself."""
     spec, device = drafter.spec, tables.embedding.device
     embedding, head = drafter.tables(*tables)
-    size = count + 1
+    size = count if spec.sample_from_anchor else count + 1
     context_at = torch.arange(context[0][0].shape[-2], device=device)
     starts = torch.tensor(list(anchors), device=device)
     tokens = torch.full((len(anchors), size), spec.mask_token_id, device=device)
@@ -137,11 +142,10 @@ def blocks_at_once(drafter: DFlash, context: Context, text: Text, anchors: range
         sees_block = sees_block & (at[:, None] >= at)
     visible = torch.cat([context_at < mine[:, None], sees_block], dim=-1)
     hidden = drafter(embedding[tokens.flatten()].to(drafter.fc.weight.dtype), at, context, context_at, visible)
-    hidden = hidden.unflatten(0, (len(anchors), size))[:, 1:]
-    logits: Tensor = (
-        drafter.spread(drafter.logits(hidden.flatten(0, 1), head)).float().unflatten(0, (len(anchors), count))
-    )
-    return logits
+    hidden = hidden.unflatten(0, (len(anchors), size))[:, size - count :]
+    logits = drafter.logits(hidden.flatten(0, 1), head).unflatten(0, (len(anchors), count))
+    each = zip(hidden, logits, anchors, strict=True)
+    return [drafter.choose(h, own, text.tokens[position], None) for h, own, position in each]
 
 
 def walk(drafts: Sequence[Sequence[int]], passage: Passage) -> list[int]:

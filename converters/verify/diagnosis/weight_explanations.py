@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from convert_drafter.converters.roles import Role, TensorKey, describe
-from convert_drafter.converters.spec import DrafterSpec
+from convert_drafter.converters.spec import HEADS, DrafterSpec
 from convert_drafter.converters.verify.diagnosis.view import Array, Explanation, Hints, View
 from convert_drafter.quant.measure import measure
 
@@ -23,7 +23,10 @@ NORMS = (
 MATRICES = (
     Role.ATTN_Q, Role.ATTN_K, Role.ATTN_V, Role.ATTN_OUTPUT, Role.FFN_GATE, Role.FFN_UP, Role.FFN_DOWN, Role.FUSION,
     Role.NEXTN_PROJ, Role.NEXTN_PRE_PROJ, Role.NEXTN_POST_PROJ,
+    Role.MARKOV_IN, Role.MARKOV_OUT, Role.SELECTOR_HIDDEN, Role.SELECTOR_PREDECESSOR,
+    Role.SELECTOR_SUCCESSOR,
 )  # fmt: skip
+CONVOLUTIONS = (Role.ATTN_CONV_BASE, Role.ATTN_CONV_PROJ, Role.FFN_CONV_BASE, Role.FFN_CONV_PROJ)
 LISTED = 4  # names in a line
 FAR = 0.5  # relative error; Q2_K is at 0.3, other weights of the same size are at 1.4
 SWAPS = (
@@ -36,6 +39,9 @@ SWAPS = (
     (Role.ATTN_POST_NORM, Role.FFN_POST_NORM),
     (Role.FUSION_NORM, Role.OUTPUT_NORM),
     (Role.ATTN_Q, Role.ATTN_OUTPUT),
+    (Role.NEXTN_EMBEDDING_NORM, Role.NEXTN_STATE_NORM),
+    (Role.SELECTOR_PREDECESSOR, Role.SELECTOR_SUCCESSOR),
+    (Role.MARKOV_IN, Role.MARKOV_OUT),
 )
 
 
@@ -78,7 +84,8 @@ def norms(view: View, hints: Hints) -> Iterator[Explanation]:
     """P-42: norms stored as the difference from one, or given their one twice."""
     present = [role for role in NORMS if role in roles_of(view)]
     for step, how in ((1, "one added"), (-1, "one taken away")):
-        for what, roles in {"norms": present, **{role.name: [role] for role in present}}.items():
+        groups = {"norms": present, " and ".join(role.name for role in Q_AND_K_NORMS): Q_AND_K_NORMS}
+        for what, roles in (groups | {role.name: [role] for role in present}).items():
             yield Explanation(what, how, changed(view, lambda a, step=step: a + np.float32(step), *roles))  # type: ignore[misc]
 
 
@@ -100,10 +107,45 @@ def swaps(view: View, hints: Hints) -> Iterator[Explanation]:
 
 
 def halves(view: View) -> Iterator[Explanation]:
-    """What a head reads beside each other, the token's embedding and the target's state, the other way round."""
-    for role in {Role.NEXTN_PROJ, Role.NEXTN_PRE_PROJ} & roles_of(view):
-        turned = changed(view, lambda a: np.roll(a, a.shape[1] // 2, axis=1), role)
-        yield Explanation(role.name, "embedding and state exchanged", turned)
+    """What a chain reads beside each other, the token's embedding and the target's state, the other way round."""
+    wide = view.spec.kind == "eagle3"  # its attention reads both
+    fusions: tuple[tuple[Role, ...], ...] = ((Role.NEXTN_PROJ,), (Role.NEXTN_PRE_PROJ,))
+    for roles in (*fusions, *([(Role.ATTN_Q, Role.ATTN_K, Role.ATTN_V)] if wide else [])):
+        if roles_of(view).issuperset(roles):
+            turned = changed(view, lambda a: np.roll(a, a.shape[1] // 2, axis=1), *roles)
+            yield Explanation(_listed([role.name for role in roles]), "embedding and state exchanged", turned)
+
+
+def gated_queries(view: View, hints: Hints) -> Iterator[Explanation]:
+    """Of attention with an output gate: every head's query and gate are stored beside each other, not apart."""
+    heads, d = view.spec.head_count, view.spec.head_dim
+    if view.spec.kind not in HEADS or any(
+        len(array) != 2 * heads * d for (role, _), array in view.weights.items() if role is Role.ATTN_Q
+    ):
+        return
+
+    def beside(array: Array) -> Array:
+        parts: Array = array.reshape(2, heads, d, -1)
+        return np.ascontiguousarray(parts.swapaxes(0, 1)).reshape(array.shape)
+
+    yield Explanation("ATTN_Q", "queries and gates beside each other", changed(view, beside, Role.ATTN_Q))
+
+
+def kernels(view: View, hints: Hints) -> Iterator[Explanation]:
+    """DFlash2's filters: the taps from the other end, or those of a sublayer's input on its output."""
+    part = view.spec.convolution
+    if part is None:
+        return
+
+    def turned(axis: int) -> Callable[[Array], Array]:
+        def change(array: Array) -> Array:
+            by_tap: Array = array.reshape(2, part.kernel_size, -1, array.shape[-1])  # side, tap, ...
+            return np.ascontiguousarray(np.flip(by_tap, axis)).reshape(array.shape)
+
+        return change
+
+    yield Explanation("convolutions", "taps in reverse order", changed(view, turned(1), *CONVOLUTIONS))
+    yield Explanation("convolutions", "sides exchanged", changed(view, turned(0), *CONVOLUTIONS))
 
 
 def roles_of(view: View) -> set[Role]:
@@ -127,6 +169,16 @@ def source_weights(view: View, original: View) -> Explanation | None:
     if np.median([relative_error(original.weights[key], a) for key, a in view.weights.items() if a.ndim > 1]) > FAR:
         return None
     return Explanation("all weights", "as the source has them", replace(view, weights=original.weights))
+
+
+def source_tensors(view: View, hints: Hints) -> Iterator[Explanation]:
+    """Tensors that only one of both has, as the source has them: factors of rotary pairs, sinks, biases."""
+    original = hints.original
+    if original is None or original.spec.kind != view.spec.kind or original.weights.keys() == view.weights.keys():
+        return
+    other = [key for key in (*original.weights, *view.weights) if (key in original.weights) != (key in view.weights)]
+    mended = {key: view.weights.get(key, array) for key, array in original.weights.items()}
+    yield Explanation(_listed([describe(key) for key in other]), "as the source has it", replace(view, weights=mended))
 
 
 def furthest_weights(view: View, original: View) -> Iterator[Explanation]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from convert_drafter.converters.spec import DrafterSpec
 from convert_drafter.converters.verify.acceptance import Acceptance, counted, matching
+from convert_drafter.converters.verify.in_torch.chains import Follow, draft_chains, in_chains
 from convert_drafter.converters.verify.in_torch.reference.drafter import Drafted
 from convert_drafter.converters.verify.in_torch.target import TorchTarget
 from convert_drafter.converters.verify.in_torch.text import captures_of
@@ -39,35 +40,43 @@ def variant(name: str | Path, spec: DrafterSpec, weights: Weights) -> Variant:
     return Variant(str(name), spec, weights, captures_of(spec))
 
 
+AT_ONCE = 16  # chains drafted in one pass; the logits of as many are kept, a large vocabulary's are megabytes
+
+
 class Reading:
     """A drafter that has read a whole text; every position of it can be drafted from."""
 
     def __init__(self, drafting: Drafting, text: Text, context: Any) -> None:
         self.text, self.size = text, drafting.variant.spec.draft_length
+        self.at_once = AT_ONCE if in_chains(drafting.drafter) else 1  # positions it drafts from in one pass
         self._drafting, self._context = drafting, context
         self._drafts: dict[int, list[int]] = {}
-        self._last: tuple[object, Drafted] | None = None  # one step's logits: a large vocabulary's are megabytes
+        self._last: tuple[object, list[Drafted]] | None = None  # of the last request
 
-    def drafted(self, position: int, follow: Sequence[int] | None = None) -> Drafted:
-        """What the loop would draft after the token at `position`; with `follow` as if it had drafted these."""
+    def drafted(self, positions: Sequence[int], follow: Follow | None = None) -> list[Drafted]:
+        """What the loop would draft after the tokens at these positions; with `follow` as if it had drafted these."""
         follow = follow if self._drafting.drafter.depends else None
-        asked = (position, None if follow is None else tuple(follow))
+        asked = (tuple(positions), None if follow is None else tuple(map(tuple, follow)))
         if self._last is None or self._last[0] != asked:
-            self._last = asked, self._draft(position, follow)
+            self._last = asked, self._draft(positions, follow)
             if follow is None:
-                self._drafts[position] = self._last[1].tokens.tolist()
+                self._drafts |= {p: d.tokens.tolist() for p, d in zip(positions, self._last[1], strict=True)}
         return self._last[1]
 
     @torch.inference_mode()
-    def _draft(self, position: int, follow: Sequence[int] | None) -> Drafted:
-        drafter, text = self._drafting.drafter, self.text
-        count = min(self.size, text.limit - 1 - position)
-        context = drafter.until(self._context, position)
-        return drafter.draft(context, text.tokens[position], count, self._drafting.target.tables, follow)
+    def _draft(self, positions: Sequence[int], follow: Follow | None) -> list[Drafted]:
+        drafter, tokens, tables = self._drafting.drafter, self.text.tokens, self._drafting.target.tables
+        counts = [min(self.size, self.text.limit - 1 - position) for position in positions]
+        if in_chains(drafter):
+            every = draft_chains(drafter, self._context, tokens, positions, max(counts), tables, follow)
+            return [Drafted(*(part[:n] for part in chain)) for n, *chain in zip(counts, *every, strict=True)]
+        told = [None] * len(positions) if follow is None else follow
+        places = zip(positions, counts, told, strict=True)
+        return [drafter.draft(drafter.until(self._context, p), tokens[p], n, tables, f) for p, n, f in places]
 
     def drafts(self, position: int) -> list[int]:
         if position not in self._drafts:
-            self.drafted(position)
+            self.drafted(range(position, min(position + self.at_once, len(self.text.tokens) - 1)))
         return self._drafts[position]
 
     def steps(self) -> Iterator[tuple[int, list[int], int]]:

@@ -17,7 +17,7 @@ from convert_drafter.converters.doctor import STRUCTURE
 from convert_drafter.converters.drafter_file import DrafterFile, read_drafter_file
 from convert_drafter.converters.errors import MissingEngine, WrongInput
 from convert_drafter.converters.roles import TensorKey
-from convert_drafter.converters.source_facts import recorded_settings
+from convert_drafter.converters.source_facts import IGNORED, noted, recorded_settings
 from convert_drafter.converters.target import read_target
 from convert_drafter.converters.verdict import Diagnosis, Gate, Outcome
 from convert_drafter.converters.verify import gates
@@ -135,10 +135,11 @@ def _prompts(job: VerifyJob, folder: Path, target: TorchTarget) -> PromptSet:
 def _variant_of_source(job: VerifyJob, drafter: DrafterFile) -> Variant | None:
     if job.source is None:
         return None
+    settings, ignore = {**recorded_settings(drafter.file), **job.settings}, noted(drafter.file, IGNORED)
     try:
-        published = read_published(job.source, job.folder, job.settings)
+        published = read_published(job.source, job.folder, job.settings, ignore)
     except WrongInput:  # what the file's own conversion needed to be told
-        published = read_published(job.source, job.folder, {**recorded_settings(drafter.file), **job.settings})
+        published = read_published(job.source, job.folder, settings, ignore)
     return variant(job.source.name, published.spec, checkpoint_weights(published))
 
 

@@ -8,7 +8,7 @@ the original gets noise of each tensor's own quantization error, and the file ma
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from convert_drafter.converters.roles import TensorKey
 from convert_drafter.converters.verify.in_torch.drafting import Reading, Variant
+from convert_drafter.converters.verify.in_torch.reference.drafter import Drafted
 from convert_drafter.converters.verify.measured import Agreement
 from convert_drafter.quant.measure import measure
 
@@ -29,8 +30,7 @@ def compare(original: Reading, other: Reading) -> Agreement:
     Drafts that a shorter block lacks count as differing.
     """
     compared, equal, divergence, lacking = [0] * original.size, [0] * original.size, 0.0, 0
-    for position, _, _ in original.steps():
-        first, second = original.drafted(position), other.drafted(position, original.drafts(position))
+    for first, second in _pairs(original, other):
         a, b = first.logits, second.logits
         shared = min(len(a), len(b))
         same = (first.tokens[:shared] == second.tokens[:shared]).tolist()
@@ -40,6 +40,15 @@ def compare(original: Reading, other: Reading) -> Agreement:
         divergence += _divergence(a[:shared], b[:shared])
         lacking += len(a) - shared
     return Agreement(tuple(compared), tuple(equal), divergence, lacking)
+
+
+def _pairs(original: Reading, other: Reading) -> Iterator[tuple[Drafted, Drafted]]:
+    """What both draft after each anchor, from as many anchors at once as both can."""
+    steps = [position for position, _, _ in original.steps()]
+    at_once = min(original.at_once, other.at_once)
+    for anchors in (steps[i : i + at_once] for i in range(0, len(steps), at_once)):
+        follow = [original.drafts(position) for position in anchors]
+        yield from zip(original.drafted(anchors), other.drafted(anchors, follow), strict=True)
 
 
 def _divergence(a: Tensor, b: Tensor) -> float:

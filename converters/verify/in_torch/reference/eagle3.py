@@ -72,14 +72,20 @@ class Attention(nn.Module):
         """(..., S, heads * d) -> (..., heads, S, d)"""
         return x.unflatten(-1, (-1, self.spec.head_dim)).transpose(-2, -3)
 
-    def forward(self, u: Tensor, at: Tensor, past: Past, factors: Tensor | None) -> tuple[Tensor, Past]:
-        """u (..., S, 2H) at the positions `at` (S,) after `past` -> (..., S, H), and the keys and values of both."""
+    def forward(
+        self, u: Tensor, at: Tensor, past: Past, factors: Tensor | None, visible: Tensor | None = None
+    ) -> tuple[Tensor, Past]:
+        """u (..., S, 2H) at the positions `at` (S,) after `past` -> (..., S, H), and the keys and values of both.
+
+        `visible` (S, past + S) is True where a query may look, by default at every pair before it and at its own.
+        """
         theta, trained = self.spec.rope.theta, self.spec.context_length
         q = rotate(self.heads(self.q_proj(u)), at, self.spec.rope, theta, trained, factors)
         k = rotate(self.heads(self.k_proj(u)), at, self.spec.rope, theta, trained, factors)
         before = past.keys.shape[-2]
         past = past.followed_by(Past(k, self.heads(self.v_proj(u))))
-        visible = torch.ones(len(at), past.keys.shape[-2], dtype=torch.bool, device=u.device).tril(before)
+        if visible is None:
+            visible = torch.ones(len(at), past.keys.shape[-2], dtype=torch.bool, device=u.device).tril(before)
         o = F.scaled_dot_product_attention(q, past.keys, past.values, attn_mask=visible, enable_gqa=True)
         return self.o_proj(o.transpose(-2, -3).flatten(-2)), past
 
@@ -94,10 +100,12 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.norm_epsilon)
         self.mlp = FeedForward(spec)
 
-    def forward(self, x: Tensor, g: Tensor, at: Tensor, past: Past, factors: Tensor | None) -> tuple[Tensor, Past]:
+    def forward(
+        self, x: Tensor, g: Tensor, at: Tensor, past: Past, factors: Tensor | None, visible: Tensor | None = None
+    ) -> tuple[Tensor, Past]:
         """Embeddings x and features g (..., S, H) -> (..., S, H)."""
         normed = self.hidden_norm(g)
-        o, past = self.self_attn(torch.cat([self.input_layernorm(x), normed], dim=-1), at, past, factors)
+        o, past = self.self_attn(torch.cat([self.input_layernorm(x), normed], dim=-1), at, past, factors, visible)
         h = (normed if self.norm_before_residual else g) + o
         return h + self.mlp(self.post_attention_layernorm(h)), past
 
@@ -130,9 +138,11 @@ class Eagle3(nn.Module):
         features: Tensor = self.fc(captured if self.input_norm is None else self.input_norm(captured))
         return features
 
-    def forward(self, x: Tensor, g: Tensor, at: Tensor, past: Past) -> tuple[Tensor, Past]:
+    def forward(
+        self, x: Tensor, g: Tensor, at: Tensor, past: Past, visible: Tensor | None = None
+    ) -> tuple[Tensor, Past]:
         """Pairs of embeddings x and features g (..., S, H) -> states (..., S, H), which serve as the next features."""
-        states, past = self.layers[0](x, g, at, past, self.rope_factors)
+        states, past = self.layers[0](x, g, at, past, self.rope_factors, visible)
         return states, past
 
     def logits(self, states: Tensor, head: Tensor) -> Tensor:
