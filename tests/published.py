@@ -65,7 +65,14 @@ def small_config(**changes: Any) -> dict[str, Any]:
     return changed(config, changes)
 
 
-DELETE = object()
+class Delete:
+    """In place of a value: the key goes. Its name is the same in every process, so that tests of it have one."""
+
+    def __repr__(self) -> str:
+        return "DELETE"
+
+
+DELETE = Delete()
 
 
 def changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,12 +78,10 @@ class Case:
     def at_once(self, text: Text, anchors: range) -> Any:
         return blocks(Drafting(self.original, self.target), text, anchors)
 
-    def in_trial(self) -> tuple[Any, Any, float]:
-        """Screened and measured, and the seconds it took."""
-        begun = time.perf_counter()
+    def in_trial(self) -> tuple[Any, Any]:
+        """Screened and measured."""
         found = Trials(self.target, self.texts, self.original)
-        screened, measured = found.screen(self.wrong), found.measure(self.wrong)
-        return screened, measured, time.perf_counter() - begun
+        return found.screen(self.wrong), found.measure(self.wrong)
 
 
 @pytest.fixture(scope="module", params=WRONG)
@@ -114,20 +111,14 @@ def test_a_passage_is_drafted_the_same(case: Case, one_by_one: Callable[[], None
     torch.testing.assert_close(every.logits, alone.logits, atol=2e-3, rtol=1e-3)
 
 
-def test_a_trial_finds_the_same_and_takes_less_time(
-    case: Case, one_by_one: Callable[[], None], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_trial_finds_the_same(case: Case, one_by_one: Callable[[], None]) -> None:
     """The same acceptance in every text, the same divergence but for rounding."""
-    screened, measured, seconds = case.in_trial()
+    screened, measured = case.in_trial()
     one_by_one()
-    screened_alone, measured_alone, seconds_alone = case.in_trial()
+    screened_alone, measured_alone = case.in_trial()
     assert screened.length == screened_alone.length and measured.walks == measured_alone.walks
     assert screened.kl == pytest.approx(screened_alone.kl, rel=1e-4)
     assert measured.kl == pytest.approx(measured_alone.kl, rel=1e-4)
-    with capsys.disabled():
-        kind = case.original.spec.kind
-        print(f"\n{kind}: {seconds_alone:.2f} s one by one, {seconds:.2f} at once: {seconds_alone / seconds:.1f} times")
-    assert seconds < seconds_alone / (1 if kind == "dspark" else 2)
 
 
 def test_what_a_drafter_does_not_have_is_no_explanation(case: Case) -> None:

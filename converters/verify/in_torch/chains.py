@@ -47,7 +47,7 @@ def of_mtp(drafter: Mtp, context: States, anchors: Tensor, tables: Tables) -> St
     embedding, head = drafter.tables(tables)
 
     def step(tokens: Tensor, states: Tensor, at: Tensor, known: Any, visible: Tensor) -> tuple[Tensor, Tensor, Any]:
-        states, known = drafter.mtp(embedding[tokens].to(states.dtype), states, at, known, visible)
+        states, known = drafter(embedding[tokens].to(states.dtype), states, at, known, visible)
         return states, drafter.logits(states, head), known
 
     return Start(context.states[anchors - 1], context[:2], anchors, step)

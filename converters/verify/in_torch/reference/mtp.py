@@ -247,6 +247,13 @@ class Mtp(nn.Module):
         own = {(role, i): f"heads.{n}.{name}" for n, i in enumerate(spec.layers) for role, name in NAMES.items()}
         return own | {(role, None): name for role, name in SHARED_NAMES.items()}
 
+    def forward(
+        self, embedded: Tensor, states: Tensor, at: Tensor, before: KeysValues, visible: Tensor
+    ) -> tuple[Tensor, KeysValues]:
+        """As the head's, but always normed: by the target's final norm where the head has none."""
+        out, every = self.head(embedded, states, at, before, visible)
+        return out if self.head.norm is not None or self.norm is None else self.norm(out), every
+
     @property
     def head(self) -> Head:
         """The one that drafts."""
@@ -301,8 +308,7 @@ class Mtp(nn.Module):
             length = known[0].shape[-2]
             at = torch.tensor([length], device=state.device)
             visible = torch.ones(1, length + 1, dtype=torch.bool, device=state.device)
-            state, known = self.head(embedding[[token]].to(state.dtype), state, at, known, visible)
-            state = self.norm(state) if self.head.norm is None and self.norm is not None else state
+            state, known = self(embedding[[token]].to(state.dtype), state, at, known, visible)
             rows.append(self.logits(state[0], head))
             tokens.append(rows[-1].argmax())
             token = followed(tokens, follow)
