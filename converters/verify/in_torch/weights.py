@@ -79,9 +79,11 @@ def reference(spec: DrafterSpec, weights: Mapping[TensorKey, NDArray[Any]]) -> A
 
     It is a `ReferenceDrafter` and a torch module.
     """
-    names = parameter_names(spec)
+    names, roles = parameter_names(spec), {role for role, _ in weights}
+    if Role.CONFIDENCE not in roles:  # half of a head that no draft depends on
+        weights = {key: array for key, array in weights.items() if key[0] is not Role.CONFIDENCE_BIAS}
     with torch.device("meta"):  # no memory, no random numbers: every parameter is assigned
-        drafter = REFERENCES[spec.kind](spec, {role for role, _ in weights})
+        drafter = REFERENCES[spec.kind](spec, roles)
     state = {names[key]: torch.from_numpy(np.require(array, requirements=["C", "W"])) for key, array in weights.items()}
     drafter.load_state_dict(state, assign=True)
     return drafter.eval().requires_grad_(False)

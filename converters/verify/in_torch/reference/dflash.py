@@ -157,7 +157,7 @@ class DFlash(nn.Module):
         self.candidate_selector = None if selector is None else CandidateSelector(selector, hidden, spec.vocab_size)
         rank = spec.markov_rank
         self.markov_head = None if rank is None else MarkovHead(rank, spec.vocab_size, rows)
-        if rank is not None and spec.confidence_head:
+        if rank is not None and Role.CONFIDENCE in roles:  # whatever a key says of it: drafts do not depend on it
             self.confidence_head = ConfidenceHead(hidden + rank, Role.CONFIDENCE_BIAS in roles)
         self.depends = selector is not None or rank is not None
 
