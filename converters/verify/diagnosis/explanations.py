@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from convert_drafter.converters.roles import Role
 from convert_drafter.converters.spec import SlidingWindow
 from convert_drafter.converters.verify.diagnosis import weight_explanations
 from convert_drafter.converters.verify.diagnosis.view import (
@@ -180,7 +181,8 @@ def single_facts(view: View, hints: Hints) -> Iterator[Explanation]:
         yield from fact(view, "sample_from_anchor", not spec.sample_from_anchor)
     if not in_chains(view):
         yield from fact(view, "causal", not spec.causal)
-    for dimensions in (spec.head_dim, spec.head_dim // 2, spec.head_dim // 4):
+    factors = Role.ROPE_FACTORS in weight_explanations.roles_of(view)  # one for each rotary pair
+    for dimensions in () if factors else (spec.head_dim, spec.head_dim // 2, spec.head_dim // 4):
         yield from fact(view, "rope.dimensions", dimensions)
     if spec.rope.scaling is not None:
         rope = replace(spec.rope, scaling=None)
