@@ -73,6 +73,25 @@ def test_drafts_may_differ_by_what_quantization_explains(kl: float, expected: fl
     assert gates.same_drafts(found).outcome is outcome
 
 
+@pytest.mark.parametrize(
+    ("positions", "kl", "outcome"),
+    [
+        (152, 0.036, Outcome.UNDECIDED),
+        (400, 0.036, Outcome.FAIL),
+        (152, 0.061, Outcome.FAIL),
+        (152, 0.029, Outcome.PASS),
+    ],
+)
+def test_few_drafts_do_not_condemn_a_file(positions: int, kl: float, outcome: Outcome) -> None:
+    """A near tie or two makes a right file look further away than its quantization explains."""
+    agreement = Agreement((positions,), (positions,), kl * positions)
+    gate = gates.same_drafts(
+        measured(agreement=agreement, expected=Agreement((positions,), (positions,), 0.01 * positions))
+    )
+    assert gate.outcome is outcome
+    assert ("more or longer prompts tell" in " ".join(gate.details)) is (outcome is Outcome.UNDECIDED)
+
+
 def test_without_a_source_drafts_are_not_compared() -> None:
     gate = gates.same_drafts(measured(original=None))
     assert gate.outcome is Outcome.SKIPPED and "--source" in gate.summary

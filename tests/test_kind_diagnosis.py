@@ -11,6 +11,7 @@ from faults import NOTHING, Fault, Workspace
 from kind_faults import KIND_FAULTS
 
 from convert_drafter.converters.drafter_file import read_drafter_file
+from convert_drafter.converters.roles import Role
 from convert_drafter.converters.verify.diagnosis.explanations import explanations, same_weights
 from convert_drafter.converters.verify.diagnosis.view import Explanation, Hints, View
 from convert_drafter.converters.verify.diagnosis.weight_explanations import furthest_weights
@@ -76,3 +77,5 @@ def test_every_explanation_changes_something(space: Workspace, checkpoint: str) 
         assert {key: array.shape for key, array in other.weights.items()} == {
             key: array.shape for key, array in view.weights.items()
         }, explanation.name
+        factors = other.weights.get((Role.ROPE_FACTORS, None))
+        assert factors is None or 2 * len(factors) == other.spec.rope.dimensions, explanation.name

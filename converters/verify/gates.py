@@ -19,6 +19,7 @@ NO_SOURCE = "no original to compare with: give --source, the checkpoint it was m
 # thirteen recipes are 1.1 to 1.9 times as far (docs/verify.md). Rounding alone is below 1e-12 nats, a window one token
 # too wide 7e-5.
 TWIN_FACTOR, ROUNDING_KL = 3.0, 1e-6
+FEW_DRAFTS = 300  # a right Q8_0 file was 3.6 times as far on 152 of them: so few do not tell between 3 and 6
 COLLAPSED = 0.3  # share of first drafts accepted; a working drafter is far above it, one with a wrong fact below
 NO_ROOM = "the target has no room for a context to try"
 NOTHING = "nothing was measured: the target ends every text at once"
@@ -63,7 +64,10 @@ def same_drafts(measured: Measured) -> Gate:
         f"{found.top1:.1%} of {positions:,} drafts equal the original's, KL {found.kl:.2g} nats"
         f" (its quantization explains {allowed:.2g})"
     )
-    why = () if same else ("the same inputs give other distributions: a fact or a tensor is not the original's",)
+    doubtful = positions < FEW_DRAFTS and found.kl <= 2 * TWIN_FACTOR * measured.expected.kl and not found.lacking
+    far = "on so few drafts a near tie or two is as much: more or longer prompts tell"
+    far = far if doubtful else "the same inputs give other distributions: a fact or a tensor is not the original's"
+    why = () if same else (far,)
     if found.lacking:
         why = (*why, f"its block is shorter: {found.lacking:,} drafts of the original are not there")
     figures = {
@@ -73,7 +77,8 @@ def same_drafts(measured: Measured) -> Gate:
         "kl_allowed": allowed,
         "top1_by_position": list(found.top1_by_position),
     }
-    return Gate(name, Outcome.PASS if same else Outcome.FAIL, summary, why, figures)
+    outcome = Outcome.PASS if same else Outcome.UNDECIDED if doubtful else Outcome.FAIL
+    return Gate(name, outcome, summary, why, figures)
 
 
 def acceptance(measured: Measured, max_drop: float, least: float | None) -> Gate:

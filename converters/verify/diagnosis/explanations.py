@@ -183,9 +183,9 @@ def single_facts(view: View, hints: Hints) -> Iterator[Explanation]:
         yield from fact(view, "sample_from_anchor", not spec.sample_from_anchor)
     if not in_chains(view):
         yield from fact(view, "causal", not spec.causal)
-    if (Role.ROPE_FACTORS, None) not in view.weights:  # a tensor of as many
-        for dimensions in (spec.head_dim, spec.head_dim // 2, spec.head_dim // 4):
-            yield from fact(view, "rope.dimensions", dimensions)
+    factors = Role.ROPE_FACTORS in weight_explanations.roles_of(view)  # one for each rotary pair
+    for dimensions in () if factors else (spec.head_dim, spec.head_dim // 2, spec.head_dim // 4):
+        yield from fact(view, "rope.dimensions", dimensions)
     if spec.rope.scaling is not None:
         rope = replace(spec.rope, scaling=None)
         mended = f"{spec.rope.scaling.method} -> none"
