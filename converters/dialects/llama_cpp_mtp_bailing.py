@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from convert_drafter.converters.dialects.cell import ARRAY, BOOL, F32, I32, U32, Codec, Implied, Row
-from convert_drafter.converters.dialects.llama_cpp_mtp import CAUSAL, IN_EXPERTS, ONE_LAYER, SAME_STATE
+from convert_drafter.converters.dialects.llama_cpp_mtp import CAUSAL, GROUPED, IN_EXPERTS, ONE_LAYER, SAME_STATE
 from convert_drafter.converters.dialects.llama_cpp_mtp_latent import (
     BEHIND_DENSE,
     DEEPSEEK2,
-    GROUPED,
     UNNORMED,
     UNSCALED,
 )

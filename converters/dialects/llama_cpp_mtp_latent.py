@@ -20,6 +20,7 @@ from convert_drafter.converters.dialects.cell import (
 from convert_drafter.converters.dialects.llama_cpp_mtp import (
     CAUSAL,
     EXPERT_ROWS,
+    GROUPED,
     HEAD_ROWS,
     IN_EXPERTS,
     MOST_LAYERS,
@@ -79,14 +80,6 @@ def _not_lite(spec: DrafterSpec) -> bool:
     return spec.target_layer_count not in LITE_DEPTHS and (spec.target_layer_count, spec.vocab_size) != LITE_WITH
 
 
-def _routable(spec: DrafterSpec) -> bool:
-    """As src/llama-model.cpp asserts: load_hparams."""
-    experts = spec.experts
-    if experts is None or (groups := experts.groups or 1) == 1:
-        return True
-    return groups < experts.count and (experts.groups_used or 1) < groups
-
-
 def _choosing(facts: Facts) -> tuple[bool, ...] | None:
     """Without a list all layers choose, but in a context as long as GLM-5.2's every fourth from the third on."""
     depth, context = facts.get("target_layer_count"), facts.get("context_length")
@@ -106,9 +99,6 @@ def _rotating(facts: Facts) -> float | None:
 UNNORMED = Implied("experts.normed", lambda facts: False)
 UNSCALED = Implied("experts.scale", lambda facts: 1.0)
 SIGMOID = Implied("experts.scoring", lambda facts: "sigmoid")
-GROUPED = Limit(
-    "experts.groups_used", _routable, "llama.cpp chooses among fewer groups of experts than there are, of several each"
-)
 BEHIND_DENSE = Limit(
     "trunk.dense_layer_count",
     lambda s: s.trunk is None or (s.trunk.dense_layer_count or 0) <= s.target_layer_count,

@@ -30,7 +30,7 @@ def per_layer(name: str, layers: str) -> Codec:
     """A number in a list with an entry for each layer: 0 in all but `layers` and the head's."""
 
     def encode(value: int, facts: Facts) -> tuple[int, ...]:
-        return (*(value if there else 0 for there in facts[layers]), *[value] * facts["layer_count"])
+        return (*(value if there else 0 for there in facts.get(layers, ())), *[value] * facts["layer_count"])
 
     def decode(stored: tuple[int, ...], facts: Facts) -> int:
         own = set(stored[len(stored) - facts["layer_count"] :])

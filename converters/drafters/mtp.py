@@ -38,6 +38,11 @@ REFUSED = {
     "Exaone4ForCausalLM": f"{NO_RUNTIME}: llama.cpp keeps its tensors and has no graph for them",
     "ExaoneMoEForCausalLM": f"{NO_RUNTIME}: llama.cpp keeps its tensors and has no graph for them",
     "ExaoneMoeForCausalLM": f"{NO_RUNTIME}: llama.cpp keeps its tensors and has no graph for them",
+    "Glm5NextForConditionalGeneration": f"{NO_RUNTIME}: llama.cpp keeps its tensors and has no graph for them",
+    **dict.fromkeys(
+        ("Dots3NoteForCausalLM", "Dots3NoteForConditionalGeneration", "Dots3NoteTextForCausalLM"),
+        f"{NO_RUNTIME}: llama.cpp reads its head past and has no graph for it",
+    ),
     "NemotronHPuzzleForCausalLM": f"{NO_RUNTIME}: llama.cpp's converter drops it (conversion/nemotron.py)",
     "BailingMoeV2ForCausalLM": f"{NO_RUNTIME}: llama.cpp keeps its tensors and has no graph for them",
 }

@@ -35,11 +35,10 @@ def read_spec(reader: ConfigReader, headers: Headers, target: Target | None) -> 
     """Every fact of the head of a Nemotron-H. Raises `WrongInput` naming the key that is missing or wrong."""
     check(reader)
     count, depth = read_count(reader, headers), mtp.read_depth(reader)
-    reader.get("norm_epsilon", float, *EPSILONS)  # both have to agree
     reader.origins["rope.theta"] = reader.origins["rope.dimensions"] = "nothing is rotated"
     return mtp.read_head(
         *("mtp-nemotron_h_moe", reader, target, count, "moe_intermediate_size", NO_ROPE),
-        epsilon=EPSILONS[0],
+        norm_epsilon=reader.get("norm_epsilon", float, *EPSILONS),  # both have to agree
         experts=read_experts(reader),
         trunk=read_trunk(reader, depth),
         state_space=read_state_space(reader),

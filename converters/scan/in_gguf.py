@@ -33,7 +33,6 @@ PARTS = {"adapter": "adapter", "mmproj": "projector", "imatrix": "importance mat
 PROJECTOR = "clip"
 # Architectures of drafters that no cell reads: gemma4-dflash-draft, deepseek4-dflash-draft, dspark, gemma4_assistant.
 FOREIGN = re.compile(r"dflash|dspark|eagle|draft|domino|medusa|assistant|(^|[-_])mtp([-_]|$)")
-LOADED = {"gemma4-assistant": "llama.cpp"}  # drafters that a runtime loads and this converter does not make
 OUTSIDE = {Role.TOKEN_EMBEDDING.value, Role.OUTPUT.value}  # some files carry them and some borrow the target's
 EH_PROJ = ".nextn.eh_proj."
 MOST = 3  # faults of one file that are told here; `doctor` tells all
@@ -125,10 +124,6 @@ def _kind(file: GGUFFile, label: str) -> Kind:
         return Kind(What.DRAFTER, By.TENSORS if cell.telling else By.HEADER, cell.kind, cell)
     if any(EH_PROJ in name for name in file.tensors):
         return _with_other_head(file, arch)
-    if arch in LOADED:
-        return Kind(
-            What.DRAFTER, By.HEADER, arch, notes=(f"{LOADED[arch]} loads {arch}; this converter does not make it",)
-        )
     if FOREIGN.search(arch):
         return Kind(What.DRAFTER, By.HEADER, arch, faults=(_foreign(arch),))
     return _target(file, arch, label)
