@@ -60,7 +60,7 @@ demo: $(VENV)/.verify ## Convert the tiny drafter, quantize it, verify it agains
 	$(DRAFTER) verify out/tiny-Q5_K_M-drafter.gguf --target $(PAIR)/target --source $(PAIR)/drafter --prompts $(PAIR)/prompts.jsonl --json out/verify.json --html out/verify.html
 
 test: $(VENV)/.dev ## Run the tests (no network, no llama.cpp, a few minutes)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-engine: $(VENV)/.engine ## Run the tests against the real llama.cpp, and the slow ones
 	# a file of tests at a time on each of two cores; the tiny models are slower on two threads
