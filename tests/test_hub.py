@@ -275,6 +275,29 @@ def test_offline_takes_what_is_there(hub: FakeHub, repository: Path, tmp_path: P
     assert sum(sent.values()) == before
 
 
+def test_jobs_name_repositories(hub: FakeHub, tmp_path: Path) -> None:
+    """Looked at first, then made in processes of their own, then up to date without a word to the hub's storage."""
+    (tmp_path / "jobs.toml").write_text(
+        '[[job]]\nname = "a"\nsource = "org/drafter"\ntarget = "org/pair@main"\nfor = "llama.cpp"\nquant = "Q8_0"\n'
+        'out = "{name}.gguf"\n'
+    )
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+    program = [sys.executable, "-m", "convert_drafter.converters.cli"]
+
+    def run(*words: str) -> tuple[int, str]:
+        done = subprocess.run([*program, *words], env=environment, capture_output=True, text=True, cwd=tmp_path)
+        return done.returncode, done.stdout + done.stderr
+
+    code, said = run("doctor", "--jobs", "jobs.toml")
+    assert code == 0 and "1 tasks can begin" in said, said
+    code, said = run("batch", "jobs.toml")
+    assert code == 0 and "1 done" in said, said
+    assert read_gguf(tmp_path / "a.gguf").keys["drafter.source.revision"].value == COMMIT
+    sent = weights_sent(hub)
+    code, said = run("batch", "jobs.toml")
+    assert code == 0 and "1 up to date" in said and weights_sent(hub) == sent, said
+
+
 # --- excerpts ---
 
 

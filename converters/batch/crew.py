@@ -13,6 +13,7 @@ from convert_drafter.converters.batch.processes import Processes
 from convert_drafter.converters.batch.task import Task
 from convert_drafter.converters.encoding import MOST_CORES, available_cores
 from convert_drafter.converters.errors import MissingEngine, WrongInput, WrongUsage
+from convert_drafter.converters.hub import repository_of
 
 INSTALL = 'pip install "convert-drafter[batch]"'
 CONNECT_SECONDS = 10
@@ -86,9 +87,9 @@ def cluster(address: str) -> Iterator[Crew]:
 
 
 def absolute(value: Any) -> Any:
-    """The same with every path absolute: a worker on the cluster runs in another folder."""
+    """The same with every path absolute: a worker on the cluster runs in another folder, and has the same hub."""
     if isinstance(value, Path):
-        return value.absolute()
+        return value if repository_of(value) is not None else value.absolute()
     if isinstance(value, tuple):
         return tuple(map(absolute, value))
     if is_dataclass(value) and not isinstance(value, type):

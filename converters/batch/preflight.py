@@ -13,8 +13,10 @@ from convert_drafter.converters.batch.task import Task
 from convert_drafter.converters.checkpoint import open_checkpoint
 from convert_drafter.converters.convert import ConvertJob, prepare
 from convert_drafter.converters.drafter_file import read_drafter_file
+from convert_drafter.converters.drafters import needed
 from convert_drafter.converters.errors import DrafterError, Problems
 from convert_drafter.converters.gguf_file import KeyValue
+from convert_drafter.converters.hub import Part, fetch
 from convert_drafter.converters.quantize import QuantizeJob, prepare_quantize
 from convert_drafter.converters.stamp import Verification
 from convert_drafter.converters.target import read_target
@@ -161,14 +163,14 @@ def _prompts(path: Path | None) -> None:
 
 def _target(path: Path) -> None:
     """A verification runs the target: its weights are needed, where a conversion takes its config and tokenizer."""
-    read_target(path)
+    read_target(fetch(path, Part.CONFIG))
     if path.is_dir():
         find_config(path, find_weights(path, everything).folder)
 
 
 def _source(path: Path | None) -> None:
     if path is not None:
-        open_checkpoint(path)
+        open_checkpoint(fetch(path, Part.DRAFTER, needed), needed)
 
 
 def _drafter(path: Path, found: _Findings) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from convert_drafter.converters.errors import WrongUsage
+from convert_drafter.converters.hub import repository_of
 from convert_drafter.converters.verdict import Diagnosis, Gate
 from convert_drafter.converters.verify.measured import Measured
 
@@ -47,11 +48,11 @@ class VerifyJob:
 
     @property
     def folder(self) -> Path | None:
-        return next((target for target in self.targets if target.is_dir()), None)
+        return next((target for target in self.targets if _is_folder(target)), None)
 
     @property
     def gguf(self) -> Path | None:
-        return next((target for target in self.targets if not target.is_dir()), None)
+        return next((target for target in self.targets if not _is_folder(target)), None)
 
     @property
     def inputs(self) -> tuple[Path, ...]:
@@ -80,3 +81,8 @@ class EngineAnswer:
     settings: Mapping[str, Any]
     measured: Measured = field(default_factory=Measured)
     diagnosis: Diagnosis | None = None
+
+
+def _is_folder(target: Path) -> bool:
+    """A repository on the hub becomes one."""
+    return target.is_dir() or repository_of(target) is not None
