@@ -138,6 +138,8 @@ def _shards(repository: Repository, folder: Path) -> dict[str, list[str]]:
         found = ", ".join(path.name for path in indexes)
         raise WrongInput(f"{repository}: found several indexes ({found}), expected one; download the right files")
     if not indexes:
+        if here := sorted(path.name for path in folder.glob(f"*{WEIGHTS}")):  # fetched before, and all of them needed
+            return {file: [] for file in here}
         files = _weight_files(repository)
         headers = (read_remote_header(f"{repository}: {file}", _reader(repository, file)) for file in files)
         return {file: list(header.tensors) for file, header in zip(files, headers, strict=True)}
