@@ -354,8 +354,8 @@ def test_wrong_usage(folder: Path) -> None:
     target = TorchTarget(path)
     with pytest.raises(WrongInput, match=r"tokens \[200\]: expected one or more below 200"):
         target.prefill([VOCAB])
-    with pytest.raises(WrongInput, match=r"capture layers \[-3, 3\]: expected 0 to 2"):
-        target.capture([-3, 0, 3])
+    with pytest.raises(WrongInput, match=r"capture layers \[-9, 3\]: expected 0 to 2"):
+        target.capture([-9, 0, 3])
     with pytest.raises(ValueError, match="positions: found 0 to 1"):
         target.captured(0, 1)
     target.prefill(PROMPT)
