@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# tells when it has an answer: the very first thing it does
+# tells when it has an answer: the very first thing it does; a test run in the background may have SIGINT ignored
 START = """
 import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from convert_drafter.entry import main
 before = signal.signal
 signal.signal = lambda *arguments: (before(*arguments), print("ready", flush=True))
@@ -71,3 +72,13 @@ def test_the_command_runs_as_ever(environment: dict[str, str]) -> None:
     )  # fmt: skip
     assert done.returncode == 2 and "found 'Q9', expected a recipe" in done.stderr
     assert max(map(len, done.stderr.splitlines()[4:])) <= 80
+
+
+def test_who_wants_ctrl_c_ignored_is_obeyed(environment: dict[str, str]) -> None:
+    """As a shell starts jobs in the background."""
+    ignoring = START.replace("signal.default_int_handler", "signal.SIG_IGN")
+    process = subprocess.Popen([sys.executable, "-c", ignoring, "--version"], stdout=-1, stderr=-1, env=environment)
+    assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, b"")
