@@ -62,15 +62,17 @@ def test_a_worker_killed_in_the_middle_of_a_job(
     path = jobs_file(tmp_path)
     monkeypatch.setattr(schedule, "run_task", killed_once)
     with dask() as address:
-        assert outcomes(run(path, address)) == dict.fromkeys(NAMES, "done")
+        found = outcomes(run(path, address))
+        # one that was made when its worker died, and whose word of it was lost, is up to date the second time
+        assert found.keys() == set(NAMES) and set(found.values()) <= {"done", "up to date"}
         assert sorted(mark.name for mark in middle.iterdir()) == NAMES  # every job lost its worker once
         assert not list((tmp_path / "out").glob("*.partial"))
         monkeypatch.undo()
         with pytest.raises(SystemExit) as exit_:
             main(["batch", str(path), "--scheduler", address, "--json"])
     assert exit_.value.code == 0
-    found = json.loads(capsys.readouterr().out)
-    assert [task["status"] for task in found["tasks"]] == ["up to date"] * 3
+    again = json.loads(capsys.readouterr().out)
+    assert [task["status"] for task in again["tasks"]] == ["up to date"] * 3
 
 
 @pytest.mark.slow
