@@ -180,6 +180,11 @@ class Handler(BaseHTTPRequestHandler):
         self.send(status, {"x-error-code": code, "x-error-message": f"{code} {status}"}, b"", body=True)
 
 
+class Server(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Somebody hung up, which a test may have made happen."""
+
+
 def etag(path: Path) -> str:
     return hashlib.sha1(f"{path.name} {path.stat()}".encode()).hexdigest()
 
@@ -189,7 +194,7 @@ def fake_hub(repositories: dict[str, Path]) -> Iterator[FakeHub]:
     """A hub that answers until the block ends."""
     hub = FakeHub(repositories)
     handler = type("Answering", (Handler,), {"hub": hub})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+    with Server(("127.0.0.1", 0), handler) as server:
         hub.url, hub.storage = (f"http://{name}:{server.server_port}" for name in ("127.0.0.1", "localhost"))
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
