@@ -19,8 +19,10 @@ from convert_drafter.converters.drafters.decoder import (
     ATTENTION,
     DRAFT_TO_TARGET,
     TARGET_TO_DRAFT,
+    attention,
     attention_biases,
     feed_forward,
+    head_norms,
 )
 from convert_drafter.converters.drafters.kind import Headers, Kind
 from convert_drafter.converters.drafters.rope import LAYER_TYPES, read_half_split, read_rope
@@ -263,13 +265,9 @@ def rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
         ),
         DRAFT_TO_TARGET,
         TensorRule("layers.{i}.input_layernorm.weight", Role.ATTN_NORM, ("hidden",)),
-        TensorRule(f"{ATTENTION}q_proj.weight", Role.ATTN_Q, ("queries", "hidden"), rotary),
-        TensorRule(f"{ATTENTION}k_proj.weight", Role.ATTN_K, ("keys", "hidden"), rotary),
-        TensorRule(f"{ATTENTION}v_proj.weight", Role.ATTN_V, ("keys", "hidden")),
-        TensorRule(f"{ATTENTION}o_proj.weight", Role.ATTN_OUTPUT, ("hidden", "queries")),
+        *attention(rotary=rotary),
         *attention_biases(reader, half_split),
-        TensorRule(f"{ATTENTION}q_norm.weight", Role.ATTN_Q_NORM, ("head_dim",), rotary),
-        TensorRule(f"{ATTENTION}k_norm.weight", Role.ATTN_K_NORM, ("head_dim",), rotary),
+        *head_norms(ATTENTION, rotary),
         TensorRule(f"{ATTENTION}sinks", Role.ATTN_SINKS, ("heads",), optional=no_sinks),
         TensorRule(f"{ATTENTION}attention_sink_bias", Role.ATTN_SINKS, ("heads",), optional=no_sinks),
         TensorRule(f"{ATTENTION}learnable_sink_param", Role.ATTN_SINKS, ("heads",), optional=no_sinks),

@@ -14,9 +14,9 @@ from convert_drafter.converters.config import ConfigReader
 from convert_drafter.converters.drafters import dflash
 from convert_drafter.converters.drafters.captures import read_target_depth, read_target_width
 from convert_drafter.converters.drafters.decoder import (
-    ATTENTION,
     DRAFT_TO_TARGET,
     TARGET_TO_DRAFT,
+    attention,
     attention_biases,
     feed_forward,
 )
@@ -182,10 +182,7 @@ def rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
         TensorRule(ROPE_FACTORS, Role.ROPE_FACTORS, ("rotated_pairs",), optional=True),
         TensorRule("layers.{i}.input_layernorm.weight", Role.ATTN_NORM, ("hidden",)),
         TensorRule("layers.{i}.hidden_norm.weight", Role.ATTN_NORM_2, ("hidden",)),
-        TensorRule(f"{ATTENTION}q_proj.weight", Role.ATTN_Q, ("queries", "pair"), rotary),
-        TensorRule(f"{ATTENTION}k_proj.weight", Role.ATTN_K, ("keys", "pair"), rotary),
-        TensorRule(f"{ATTENTION}v_proj.weight", Role.ATTN_V, ("keys", "pair")),
-        TensorRule(f"{ATTENTION}o_proj.weight", Role.ATTN_OUTPUT, ("hidden", "queries")),
+        *attention(width="pair", rotary=rotary),
         *attention_biases(reader, half_split),
         TensorRule("layers.{i}.post_attention_layernorm.weight", Role.FFN_NORM, ("hidden",)),
         *feed_forward(),

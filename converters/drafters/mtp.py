@@ -279,10 +279,19 @@ def shared_expert_rules(expert: str, optional: bool = False) -> tuple[TensorRule
     )
 
 
-def joining_rules(layer: str) -> tuple[TensorRule, ...]:
+def joining_rules(layer: str, norm: Op = COPY) -> tuple[TensorRule, ...]:
     """What puts a token's embedding beside a state."""
     return (
         TensorRule(f"{layer}eh_proj.weight", Role.NEXTN_PROJ, ("hidden", "embedding and state")),
-        TensorRule(f"{layer}enorm.weight", Role.NEXTN_EMBEDDING_NORM, ("hidden",)),
-        TensorRule(f"{layer}hnorm.weight", Role.NEXTN_STATE_NORM, ("hidden",)),
+        TensorRule(f"{layer}enorm.weight", Role.NEXTN_EMBEDDING_NORM, ("hidden",), norm),
+        TensorRule(f"{layer}hnorm.weight", Role.NEXTN_STATE_NORM, ("hidden",), norm),
+    )
+
+
+def own_table_rules(layer: str) -> tuple[TensorRule, ...]:
+    """An embedding, an output head and its norm, where a head does not share its target's."""
+    return (
+        TensorRule(f"{layer}embed_tokens.weight", Role.NEXTN_EMBEDDING, ("vocab", "hidden"), optional=True),
+        TensorRule(f"{layer}shared_head.head.weight", Role.NEXTN_OUTPUT, ("vocab", "hidden"), optional=True),
+        TensorRule(f"{layer}shared_head.norm.weight", Role.NEXTN_OUTPUT_NORM, ("hidden",), optional=True),
     )

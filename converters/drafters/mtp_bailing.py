@@ -12,6 +12,7 @@ from convert_drafter.converters.drafters.mtp import (
     count_appended,
     dropped,
     expert_rules,
+    joining_rules,
     read_depth,
     read_head,
     refuse_scaling,
@@ -150,9 +151,7 @@ def head_rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
         *expert_rules(MLP),
         TensorRule(f"{MLP}gate.expert_bias", Role.FFN_ROUTER_BIAS, ("experts",)),
         *shared_expert_rules(f"{MLP}shared_experts."),
-        TensorRule(f"{LAYER}eh_proj.weight", Role.NEXTN_PROJ, ("hidden", "embedding and state")),
-        TensorRule(f"{LAYER}enorm.weight", Role.NEXTN_EMBEDDING_NORM, ("hidden",)),
-        TensorRule(f"{LAYER}hnorm.weight", Role.NEXTN_STATE_NORM, ("hidden",)),
+        *joining_rules(LAYER),
         TensorRule(f"{LAYER}final_layernorm.weight", Role.NEXTN_OUTPUT_NORM, ("hidden",)),
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from convert_drafter.converters.config import ConfigReader
 from convert_drafter.converters.drafters import mtp
+from convert_drafter.converters.drafters.decoder import MLP, attention
 from convert_drafter.converters.drafters.kind import Headers, Kind
 from convert_drafter.converters.ops import PERMUTE_ROPE
 from convert_drafter.converters.plan import TensorRule
@@ -17,7 +18,6 @@ from convert_drafter.converters.spec import DrafterSpec, Experts, Trunk
 from convert_drafter.converters.target import Target
 
 LAYER = "layers.{i}."
-ATTENTION, MLP = f"{LAYER}self_attn.", f"{LAYER}mlp."
 RMS, CENTRED = "rms_norm_eps", "layer_norm_eps"
 SLIDING, FULL = "sliding_attention", "full_attention"
 DENSE, SPARSE = "dense", "sparse"
@@ -128,16 +128,11 @@ def head_rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
     return (
         *mtp.shared_rules(reader),
         TensorRule(f"{LAYER}input_layernorm.weight", Role.ATTN_NORM, ("hidden",)),
-        TensorRule(f"{ATTENTION}q_proj.weight", Role.ATTN_Q, ("queries", "hidden"), PERMUTE_ROPE),
-        TensorRule(f"{ATTENTION}k_proj.weight", Role.ATTN_K, ("keys", "hidden"), PERMUTE_ROPE),
-        TensorRule(f"{ATTENTION}v_proj.weight", Role.ATTN_V, ("keys", "hidden")),
-        TensorRule(f"{ATTENTION}o_proj.weight", Role.ATTN_OUTPUT, ("hidden", "queries")),
+        *attention(rotary=PERMUTE_ROPE),
         *mtp.expert_rules(MLP),
         *shared_expert_rules(reader),
         *mtp.joining_rules(LAYER),
-        TensorRule(f"{LAYER}embed_tokens.weight", Role.NEXTN_EMBEDDING, ("vocab", "hidden"), optional=True),
-        TensorRule(f"{LAYER}shared_head.head.weight", Role.NEXTN_OUTPUT, ("vocab", "hidden"), optional=True),
-        TensorRule(f"{LAYER}shared_head.norm.weight", Role.NEXTN_OUTPUT_NORM, ("hidden",), optional=True),
+        *mtp.own_table_rules(LAYER),
     )
 
 

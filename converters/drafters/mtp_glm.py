@@ -6,12 +6,15 @@ Names and facts as transformers (`glm4_moe`) and llama.cpp's converter have them
 from __future__ import annotations
 
 from convert_drafter.converters.config import ConfigReader
+from convert_drafter.converters.drafters.decoder import ATTENTION, MLP, attention
 from convert_drafter.converters.drafters.kind import Headers, Kind
 from convert_drafter.converters.drafters.mtp import (
     IGNORED,
     count_appended,
     dropped,
     expert_rules,
+    joining_rules,
+    own_table_rules,
     read_depth,
     read_head,
     read_rope,
@@ -25,7 +28,6 @@ from convert_drafter.converters.spec import DrafterSpec, Experts, Trunk
 from convert_drafter.converters.target import Target
 
 LAYER = "layers.{i}."
-ATTENTION, MLP = f"{LAYER}self_attn.", f"{LAYER}mlp."
 
 
 def read_spec(reader: ConfigReader, headers: Headers, target: Target | None) -> DrafterSpec:
@@ -67,12 +69,7 @@ def attention_rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
     """Biases and norms of queries and keys are there where the config says so; of no config nothing is known."""
     biased = reader.find("biases", bool, "attention_bias")
     normed = reader.find("norms", bool, "use_qk_norm")
-    rules = [
-        TensorRule(f"{ATTENTION}q_proj.weight", Role.ATTN_Q, ("queries", "hidden")),
-        TensorRule(f"{ATTENTION}k_proj.weight", Role.ATTN_K, ("keys", "hidden")),
-        TensorRule(f"{ATTENTION}v_proj.weight", Role.ATTN_V, ("keys", "hidden")),
-        TensorRule(f"{ATTENTION}o_proj.weight", Role.ATTN_OUTPUT, ("hidden", "queries")),
-    ]
+    rules = [*attention()]
     if biased or not reader.raw:
         rules += [
             TensorRule(f"{ATTENTION}q_proj.bias", Role.ATTN_Q_BIAS, ("queries",), optional=not biased),
@@ -92,22 +89,18 @@ def head_rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
     return appended_rules(reader, attention_rules(reader))
 
 
-def appended_rules(reader: ConfigReader, attention: tuple[TensorRule, ...]) -> tuple[TensorRule, ...]:
+def appended_rules(reader: ConfigReader, attending: tuple[TensorRule, ...]) -> tuple[TensorRule, ...]:
     """A head that is one more layer with experts, and what belongs to it; all of GLM's and DeepSeek's are."""
     return (
         *shared_rules(reader),
         TensorRule(f"{LAYER}input_layernorm.weight", Role.ATTN_NORM, ("hidden",)),
-        *attention,
+        *attending,
         TensorRule(f"{LAYER}post_attention_layernorm.weight", Role.FFN_NORM, ("hidden",)),
         *expert_rules(MLP),
         TensorRule(f"{MLP}gate.e_score_correction_bias", Role.FFN_ROUTER_BIAS, ("experts",)),
         *shared_expert_rules(f"{MLP}shared_experts."),
-        TensorRule(f"{LAYER}eh_proj.weight", Role.NEXTN_PROJ, ("hidden", "embedding and state")),
-        TensorRule(f"{LAYER}enorm.weight", Role.NEXTN_EMBEDDING_NORM, ("hidden",)),
-        TensorRule(f"{LAYER}hnorm.weight", Role.NEXTN_STATE_NORM, ("hidden",)),
-        TensorRule(f"{LAYER}embed_tokens.weight", Role.NEXTN_EMBEDDING, ("vocab", "hidden"), optional=True),
-        TensorRule(f"{LAYER}shared_head.head.weight", Role.NEXTN_OUTPUT, ("vocab", "hidden"), optional=True),
-        TensorRule(f"{LAYER}shared_head.norm.weight", Role.NEXTN_OUTPUT_NORM, ("hidden",), optional=True),
+        *joining_rules(LAYER),
+        *own_table_rules(LAYER),
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from convert_drafter.converters.config import ConfigReader
 from convert_drafter.converters.drafters import mtp
+from convert_drafter.converters.drafters.decoder import MLP, attention, head_norms
 from convert_drafter.converters.drafters.kind import Headers, Kind
 from convert_drafter.converters.plan import Dropped, TensorRule
 from convert_drafter.converters.roles import Role
@@ -15,7 +16,6 @@ from convert_drafter.converters.spec import DrafterSpec, Experts, Trunk
 from convert_drafter.converters.target import Target
 
 LAYER = "layers.{i}."
-ATTENTION, MLP = f"{LAYER}self_attn.", f"{LAYER}mlp."
 WIDTHS = ("moe_intermediate_size", "expert_hidden_dim")  # an expert's width, in transformers and in older readers
 SWITCH = "moe_router_enable_expert_bias"
 IGNORED = (
@@ -66,12 +66,8 @@ def head_rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
     return (
         *mtp.shared_rules(reader),
         TensorRule(f"{LAYER}input_layernorm.weight", Role.ATTN_NORM, ("hidden",)),
-        TensorRule(f"{ATTENTION}q_proj.weight", Role.ATTN_Q, ("queries", "hidden")),
-        TensorRule(f"{ATTENTION}k_proj.weight", Role.ATTN_K, ("keys", "hidden")),
-        TensorRule(f"{ATTENTION}v_proj.weight", Role.ATTN_V, ("keys", "hidden")),
-        TensorRule(f"{ATTENTION}o_proj.weight", Role.ATTN_OUTPUT, ("hidden", "queries")),
-        TensorRule(f"{ATTENTION}q_norm.weight", Role.ATTN_Q_NORM, ("head_dim",)),
-        TensorRule(f"{ATTENTION}k_norm.weight", Role.ATTN_K_NORM, ("head_dim",)),
+        *attention(),
+        *head_norms(),
         TensorRule(f"{LAYER}post_attention_layernorm.weight", Role.FFN_NORM, ("hidden",)),
         TensorRule(f"{MLP}router.gate.weight", Role.FFN_ROUTER, ("experts", "hidden")),
         *choice_rules(reader),

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from convert_drafter.converters.config import ConfigReader
+from convert_drafter.converters.drafters.decoder import ATTENTION
 from convert_drafter.converters.drafters.kind import Headers, Kind
 from convert_drafter.converters.drafters.mtp import (
     IGNORED,
@@ -19,7 +20,7 @@ from convert_drafter.converters.drafters.mtp import (
     read_head,
     refuse_scaling,
 )
-from convert_drafter.converters.drafters.mtp_glm import ATTENTION, appended_rules, read_experts
+from convert_drafter.converters.drafters.mtp_glm import appended_rules, read_experts
 from convert_drafter.converters.drafters.rope import read_scaling, read_theta
 from convert_drafter.converters.latent import KEYS, VALUES, part_keys_values
 from convert_drafter.converters.plan import TensorRule

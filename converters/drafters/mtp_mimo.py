@@ -23,6 +23,7 @@ from convert_drafter.converters.drafters.mtp import (
     IGNORED,
     count_own,
     dropped,
+    joining_rules,
     read_depth,
     read_head,
     read_head_dim,
@@ -139,9 +140,7 @@ def head_rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
         *([] if sinks is False else [sink]),
         TensorRule(f"{LAYER}pre_mlp_layernorm.weight", Role.FFN_NORM, ("hidden",)),
         *feed_forward(f"{LAYER}mlp."),
-        TensorRule(f"{LAYER}eh_proj.weight", Role.NEXTN_PROJ, ("hidden", "embedding and state")),
-        TensorRule(f"{LAYER}enorm.weight", Role.NEXTN_EMBEDDING_NORM, ("hidden",)),
-        TensorRule(f"{LAYER}hnorm.weight", Role.NEXTN_STATE_NORM, ("hidden",)),
+        *joining_rules(LAYER),
         TensorRule(f"{LAYER}final_layernorm.weight", Role.NEXTN_OUTPUT_NORM, ("hidden",)),
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from convert_drafter.converters.config import ConfigReader
 from convert_drafter.converters.drafters import mtp
+from convert_drafter.converters.drafters.decoder import attention
 from convert_drafter.converters.drafters.kind import Headers, Kind
 from convert_drafter.converters.plan import TensorRule
 from convert_drafter.converters.roles import Role
@@ -128,10 +129,7 @@ def head_rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
         TensorRule("norm_f.weight", Role.OUTPUT_NORM, ("hidden",)),
         TensorRule("lm_head.weight", Role.OUTPUT, ("vocab", "hidden"), optional=no_head),
         TensorRule(f"{ATTENTION_LAYER}norm.weight", Role.ATTN_NORM, ("hidden",)),
-        TensorRule(f"{ATTENTION}q_proj.weight", Role.ATTN_Q, ("queries", "hidden")),
-        TensorRule(f"{ATTENTION}k_proj.weight", Role.ATTN_K, ("keys", "hidden")),
-        TensorRule(f"{ATTENTION}v_proj.weight", Role.ATTN_V, ("keys", "hidden")),
-        TensorRule(f"{ATTENTION}o_proj.weight", Role.ATTN_OUTPUT, ("hidden", "queries")),
+        *attention(ATTENTION),
         TensorRule(f"{MIXTURE_LAYER}norm.weight", Role.FFN_NORM, ("hidden",)),
         TensorRule(f"{MIXTURE}gate.weight", Role.FFN_ROUTER, ("experts", "hidden")),
         TensorRule(f"{MIXTURE}gate.e_score_correction_bias", Role.FFN_ROUTER_BIAS, ("experts",)),

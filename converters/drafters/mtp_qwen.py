@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from convert_drafter.converters.config import ConfigReader
-from convert_drafter.converters.drafters.decoder import feed_forward
+from convert_drafter.converters.drafters.decoder import feed_forward, head_norms
 from convert_drafter.converters.drafters.kind import Headers, Kind
 from convert_drafter.converters.drafters.mtp import (
     IGNORED,
@@ -135,8 +135,7 @@ def head_rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
         TensorRule(f"{attention}k_proj.weight", Role.ATTN_K, ("keys", "hidden")),
         TensorRule(f"{attention}v_proj.weight", Role.ATTN_V, ("keys", "hidden")),
         TensorRule(f"{attention}o_proj.weight", Role.ATTN_OUTPUT, ("hidden", "queries")),
-        TensorRule(f"{attention}q_norm.weight", Role.ATTN_Q_NORM, ("head_dim",), PLUS_ONE),
-        TensorRule(f"{attention}k_norm.weight", Role.ATTN_K_NORM, ("head_dim",), PLUS_ONE),
+        *head_norms(attention, PLUS_ONE),
         TensorRule(f"{layer}post_attention_layernorm.weight", Role.FFN_NORM, ("hidden",), PLUS_ONE),
         TensorRule("mtp.fc.weight", Role.NEXTN_PROJ, ("hidden", "embedding and state")),
         TensorRule("mtp.pre_fc_norm_embedding.weight", Role.NEXTN_EMBEDDING_NORM, ("hidden",), PLUS_ONE),

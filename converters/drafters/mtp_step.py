@@ -8,12 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 from convert_drafter.converters.config import ConfigReader, lookup
-from convert_drafter.converters.drafters.decoder import feed_forward
+from convert_drafter.converters.drafters.decoder import ATTENTION, attention, feed_forward, head_norms
 from convert_drafter.converters.drafters.kind import Headers, Kind
 from convert_drafter.converters.drafters.mtp import (
     IGNORED,
     count_appended,
     dropped,
+    joining_rules,
     read_depth,
     read_head,
     read_head_dim,
@@ -27,7 +28,6 @@ from convert_drafter.converters.spec import DrafterSpec, Experts, Rope, SlidingW
 from convert_drafter.converters.target import Target
 
 LAYER = "layers.{i}."
-ATTENTION = f"{LAYER}self_attn."
 FULL, SLIDING = "full_attention", "sliding_attention"
 TURNED = {FULL: 0.5, SLIDING: 1.0}  # llama.cpp halves the rotated dimensions of full layers, whatever the config says
 ROPE_FACTORS = "rope_factors"  # our name of what llama3 scaling comes to
@@ -198,18 +198,12 @@ def head_rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
         *shared_rules(reader, PLUS_ONE),
         TensorRule(ROPE_FACTORS, Role.ROPE_FACTORS, ("rotated_pairs",), optional=True),
         TensorRule(f"{LAYER}input_layernorm.weight", Role.ATTN_NORM, ("hidden",), PLUS_ONE),
-        TensorRule(f"{ATTENTION}q_proj.weight", Role.ATTN_Q, ("queries", "hidden")),
-        TensorRule(f"{ATTENTION}k_proj.weight", Role.ATTN_K, ("keys", "hidden")),
-        TensorRule(f"{ATTENTION}v_proj.weight", Role.ATTN_V, ("keys", "hidden")),
-        TensorRule(f"{ATTENTION}o_proj.weight", Role.ATTN_OUTPUT, ("hidden", "queries")),
+        *attention(),
         TensorRule(f"{ATTENTION}g_proj.weight", Role.ATTN_GATE, ("heads", "hidden")),
-        TensorRule(f"{ATTENTION}q_norm.weight", Role.ATTN_Q_NORM, ("head_dim",), PLUS_ONE),
-        TensorRule(f"{ATTENTION}k_norm.weight", Role.ATTN_K_NORM, ("head_dim",), PLUS_ONE),
+        *head_norms(ATTENTION, PLUS_ONE),
         TensorRule(f"{LAYER}post_attention_layernorm.weight", Role.FFN_NORM, ("hidden",), PLUS_ONE),
         *feed_forward(f"{LAYER}mlp."),
-        TensorRule(f"{LAYER}eh_proj.weight", Role.NEXTN_PROJ, ("hidden", "embedding and state")),
-        TensorRule(f"{LAYER}enorm.weight", Role.NEXTN_EMBEDDING_NORM, ("hidden",), PLUS_ONE),
-        TensorRule(f"{LAYER}hnorm.weight", Role.NEXTN_STATE_NORM, ("hidden",), PLUS_ONE),
+        *joining_rules(LAYER, PLUS_ONE),
         TensorRule(f"{LAYER}embed_tokens.weight", Role.NEXTN_EMBEDDING, ("vocab", "hidden"), optional=True),
         TensorRule(f"{head}output.weight", Role.NEXTN_OUTPUT, ("vocab", "hidden"), optional=True),
         TensorRule(f"{head}norm.weight", Role.NEXTN_OUTPUT_NORM, ("hidden",), PLUS_ONE, optional=True),
