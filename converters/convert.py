@@ -26,6 +26,7 @@ from convert_drafter.converters.experts import stack_experts
 from convert_drafter.converters.gguf_file import KeyValue, StoredTensor, write_gguf
 from convert_drafter.converters.gguf_read import GGUFFile
 from convert_drafter.converters.hub import Part, fetch
+from convert_drafter.converters.hub_gguf import fetch_tensors
 from convert_drafter.converters.importance import Importance, read_importance, without_entry
 from convert_drafter.converters.launch.line import launch_line
 from convert_drafter.converters.ops import Array
@@ -198,14 +199,12 @@ def convert(job: ConvertJob, advance: Callable[[int], None] = lambda n: None) ->
 
 def write_conversion(conversion: Conversion, advance: Callable[[int], None] = lambda n: None) -> Report:
     """Write what `prepare` decided; the file appears under its name complete or not at all."""
-    job, planned = conversion.job, {tensor.name: tensor for tensor in conversion.plan.tensors}
-    stored = [
-        StoredTensor(t.name, t.shape, GGMLQuantizationType(t.choice.type.ggml_id)) for t in conversion.plan.tensors
-    ]
-    base = conversion.base
-    copied = [] if base is None else list(base.tensors.values())
+    job, head_dim = conversion.job, conversion.published.spec.head_dim
+    planned = {tensor.name: tensor for tensor in conversion.plan.tensors}
+    stored = [StoredTensor(t.name, t.shape, GGMLQuantizationType(t.choice.type.ggml_id)) for t in planned.values()]
+    base = conversion.base and fetch_tensors(job.attach or conversion.base.path, conversion.base)
+    copied = list(base.tensors.values()) if base else []
     tallies = {name: Tally(tensor.choice.type) for name, tensor in planned.items()} if job.measure else {}
-    head_dim = conversion.published.spec.head_dim
     with cores(job.threads) as run:
 
         def data(tensor: StoredTensor) -> Iterator[Array]:

@@ -11,9 +11,8 @@ import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from io import BufferedReader
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
@@ -89,13 +88,19 @@ class GGUFFile:
             yield self.tensor_bytes(name, start, min(start + step, size)).reshape(-1, row)
 
 
+class Readable(Protocol):
+    """A file from its start."""
+
+    def read(self, count: int, /) -> bytes: ...
+
+
 class _Cursor:
     """Walks the metadata from the file's start; a length is held against the file before it is believed."""
 
     at_once, whole = 2**20, True  # bytes read at a time; whether a part of a model is refused
 
-    def __init__(self, path: Path, file: BufferedReader) -> None:
-        self.path, self.file, self.size = path, file, os.fstat(file.fileno()).st_size
+    def __init__(self, path: Path, file: Readable, size: int) -> None:
+        self.path, self.file, self.size = path, file, size
         self.at, self.data, self.limit = 0, bytearray(), min(self.size, MAX_METADATA)
 
     def wrong(self, what: str, found: object, expected: object) -> WrongInput:
@@ -152,13 +157,19 @@ class _Cursor:
         return tuple([self.string(what) for _ in range(count)])
 
 
+class _OfAPart(_Cursor):
+    """Takes the first part of a model for its keys."""
+
+    whole = False
+
+
 class _Skimmer(_Cursor):
     """Walks over long lists without decoding them, and takes a part of a model for what it is."""
 
     at_once, whole = 2**14, False
 
-    def __init__(self, path: Path, file: BufferedReader) -> None:
-        super().__init__(path, file)
+    def __init__(self, path: Path, file: Readable, size: int) -> None:
+        super().__init__(path, file, size)
         self.skipped: dict[str, Skipped] = {}
 
     def values(self, kind: GGUFValueType, count: int, what: str) -> tuple[Scalar, ...]:
@@ -189,9 +200,12 @@ class _Skimmer(_Cursor):
         self.at = at
 
 
-def read_gguf(path: Path) -> GGUFFile:
-    """Read and check all metadata of a little-endian GGUF, version 2 or 3, and no tensor data; raises `WrongInput`."""
-    file, cursor, relative = _read(path, _Cursor)
+def read_gguf(path: Path, whole: bool = True) -> GGUFFile:
+    """Read and check all metadata of a little-endian GGUF, version 2 or 3, and no tensor data; raises `WrongInput`.
+
+    Unless it has to be `whole`, the first part of a model will do, which has all keys.
+    """
+    file, cursor, relative = _read(path, _Cursor if whole else _OfAPart)
     return replace(file, offsets=_offsets(cursor, file.tensors, relative, file.alignment))
 
 
@@ -216,18 +230,28 @@ def skim_gguf(path: Path) -> GGUFFile:
 
 def _read(path: Path, walker: type[_Cursor]) -> tuple[GGUFFile, _Cursor, list[int]]:
     """The file without absolute offsets, where its metadata ends, and the offsets within its data."""
-    keys: dict[str, KeyValue] = {}
-    tensors: dict[str, StoredTensor] = {}
     if path.exists() and not path.is_file() and not path.is_dir():
         raise WrongInput(f"{path}: is a device or a pipe, expected a file")
     with file_access(path, "read"), path.open("rb") as file:
-        cursor = walker(path, file)
-        version, n_tensors, n_keys = _read_counts(cursor)
-        for _ in range(n_keys):
-            _read_key(cursor, keys)
-        alignment = alignment_of(path, keys)
-        relative = [_read_tensor(cursor, tensors) for _ in range(n_tensors)]
-    return GGUFFile(path, version, alignment, keys, tensors, {}), cursor, relative
+        cursor = walker(path, file, os.fstat(file.fileno()).st_size)
+        found, relative = _walk(cursor)
+    return found, cursor, relative
+
+
+def walk_metadata(path: Path, file: Readable, size: int) -> None:
+    """Read all metadata of a file that comes bit by bit, of `size` bytes; `WrongInput` where it cannot be read."""
+    _walk(_Skimmer(path, file, size))
+
+
+def _walk(cursor: _Cursor) -> tuple[GGUFFile, list[int]]:
+    keys: dict[str, KeyValue] = {}
+    tensors: dict[str, StoredTensor] = {}
+    version, n_tensors, n_keys = _read_counts(cursor)
+    for _ in range(n_keys):
+        _read_key(cursor, keys)
+    alignment = alignment_of(cursor.path, keys)
+    relative = [_read_tensor(cursor, tensors) for _ in range(n_tensors)]
+    return GGUFFile(cursor.path, version, alignment, keys, tensors, {}), relative
 
 
 def _read_counts(cursor: _Cursor) -> tuple[int, int, int]:

@@ -58,14 +58,14 @@ class Target:
 
 def read_target(path: Path) -> Target:
     """The target in a Hugging Face folder (its config.json) or a GGUF file; `WrongInput` names what is missing."""
-    return _from_config(path) if _is_folder(path) else _from_gguf(path, read_gguf(path))
+    return _from_config(path) if _is_folder(path) else _from_gguf(path, read_gguf(path, whole=False))
 
 
 def target_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     """The tokenizer of the target at `path`, with exactly `vocab_size` tokens."""
     if _is_folder(path):
         return read_tokenizer(path, vocab_size)
-    keys = read_gguf(path).keys
+    keys = read_gguf(path, whole=False).keys
     try:
         return copy_tokenizer(keys, vocab_size)
     except WrongInput as error:

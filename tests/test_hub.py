@@ -24,7 +24,8 @@ from convert_drafter.converters.checkpoint import open_checkpoint, read_rows
 from convert_drafter.converters.drafters import needed
 from convert_drafter.converters.excerpt import plan_excerpt, read_remote_header, write_excerpt
 from convert_drafter.converters.gguf_read import read_gguf
-from convert_drafter.converters.hub import WATCH, Part, Repository, fetch, repository_of
+from convert_drafter.converters.hub import Part, fetch
+from convert_drafter.converters.repository import WATCH, Repository, repository_of
 from convert_drafter.converters.verdict import Outcome
 
 HEAD = Path("org/target")
@@ -53,7 +54,17 @@ def weights_sent(hub: FakeHub) -> int:
         ("name", None),
         ("./org/name", None),
         ("../org/name", None),
-        ("a/b/c", None),
+        ("a/b/c", Repository("a/b", None, "c")),
+        ("org/name/sub/folder@v1", Repository("org/name", "v1", "sub/folder")),
+        ("org/name:Q8_0", Repository("org/name", None, "", "Q8_0")),
+        ("org/name:sub/x y.gguf@refs/pr/1", Repository("org/name", "refs/pr/1", "", "sub/x y.gguf")),
+        ("org/name/sub:Q8_0", Repository("org/name", None, "sub", "Q8_0")),
+        ("org/name/x.gguf", None),
+        ("org/name/x.safetensors", None),
+        ("org/name/../x", None),
+        ("org/name:", None),
+        ("/org/name", None),
+        ("org/name:a\nb", None),
         ("org/name.gguf", None),
         ("org/model.safetensors", None),
         ("org/na me", None),
@@ -63,6 +74,7 @@ def weights_sent(hub: FakeHub) -> int:
 )
 def test_names_of_repositories(text: str, expected: Repository | None) -> None:
     assert repository_of(text) == expected == repository_of(Path(text)) or text.startswith("./")
+    assert expected is None or str(expected) == text
 
 
 def test_what_lies_here_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

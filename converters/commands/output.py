@@ -24,7 +24,7 @@ from rich.progress import (
 )
 
 from convert_drafter.converters.errors import plain
-from convert_drafter.converters.hub import WATCH
+from convert_drafter.converters.repository import WATCH
 from convert_drafter.converters.verify.measured import Watch
 
 errors = Console(stderr=True, highlight=False, soft_wrap=True)

@@ -11,6 +11,8 @@ from pathlib import Path
 from convert_drafter.converters.convert import read_published
 from convert_drafter.converters.dialects import CELLS
 from convert_drafter.converters.errors import MissingEngine, Problems, WrongUsage
+from convert_drafter.converters.hub import Part, fetch
+from convert_drafter.converters.hub_gguf import fetch_whole
 from convert_drafter.converters.launch.abilities import has_gpu, unprobed
 from convert_drafter.converters.launch.files import Pair, read_pair, way_of
 from convert_drafter.converters.launch.flags import command
@@ -100,6 +102,8 @@ def program(decided: Launch) -> str:
 
 
 def _for_file(job: LaunchJob) -> Launch:
+    target = None if job.target is None else fetch(job.target, Part.SERVED)
+    job = replace(job, file=fetch_whole(job.file), target=target)
     pair = read_pair(job.file, job.target)
     runtime = LLAMA_CPP if pair.drafter is None else pair.drafter.cell.runtime
     if job.engine not in (None, runtime):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from convert_drafter.converters.errors import WrongUsage
-from convert_drafter.converters.hub import repository_of
+from convert_drafter.converters.repository import repository_of
 from convert_drafter.converters.verdict import Diagnosis, Gate
 from convert_drafter.converters.verify.measured import Measured
 
@@ -84,5 +84,6 @@ class EngineAnswer:
 
 
 def _is_folder(target: Path) -> bool:
-    """A repository on the hub becomes one."""
-    return target.is_dir() or repository_of(target) is not None
+    """A repository on the hub becomes one, unless a GGUF of it is named."""
+    repository = repository_of(target)
+    return target.is_dir() or (repository is not None and not repository.gguf)
