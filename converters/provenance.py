@@ -59,6 +59,8 @@ def _origin(prefix: str, folder: Path) -> Iterator[KeyValue]:
         yield _string(f"{prefix}.repository", repository)
     if revision is not None:
         yield _string(f"{prefix}.revision", revision)
+    if place := place_in_repository(folder):
+        yield _string(f"{prefix}.path", place)
 
 
 def source_of(folder: Path) -> tuple[str | None, str | None]:
@@ -66,8 +68,7 @@ def source_of(folder: Path) -> tuple[str | None, str | None]:
 
     Known places: the hub cache's folder names, and the metadata `hf download --local-dir` leaves behind.
     """
-    places = (folder.absolute(), folder.resolve())  # a link into the cache counts, a link out of it as well
-    if match := next(filter(None, (CACHE_FOLDER.search(f"{place.as_posix()}/") for place in places)), None):
+    if match := _cached(folder):
         return f"{match['owner']}/{match['name']}", match["revision"]
     metadata = folder / ".cache" / "huggingface" / "download" / "config.json.metadata"
     if metadata.is_file():
@@ -75,6 +76,17 @@ def source_of(folder: Path) -> tuple[str | None, str | None]:
         if first and re.fullmatch(r"[0-9a-f]{40}", first[0]):
             return None, first[0]
     return None, None
+
+
+def place_in_repository(path: Path) -> str:
+    """Where a folder or a file from the hub's cache lies in its repository; "" for the root and for other places."""
+    match = _cached(path)
+    return "" if match is None else match.string[match.end() :].rstrip("/")
+
+
+def _cached(path: Path) -> re.Match[str] | None:
+    places = (path.absolute(), path.resolve())  # a link into the cache counts, a link out of it as well
+    return next(filter(None, (CACHE_FOLDER.search(f"{place.as_posix()}/") for place in places)), None)
 
 
 def _string(key: str, value: str) -> KeyValue:

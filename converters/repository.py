@@ -237,6 +237,7 @@ def hub_errors(repository: Repository) -> Iterator[None]:
         raise WrongInput(f"{repository}: no such path; from the hub: {what} ({first_line(error)})") from error
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says; what follows the ? of an address may be a key to it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return re.sub(r"(https?://[^\s'?]*)\?[^\s']*", r"\1", lines[0]) if lines else type(error).__name__
