@@ -58,13 +58,15 @@ def fetch(place: Path, part: Part, select: Select = everything) -> Path:
     if repository is None:
         return place
     with hub_errors(repository):
-        if part is Part.DRAFTER:
-            return _drafter(repository, select)
         found = contents(repository)
-        if means_gguf(found):
+        if means_gguf(found) and part is not Part.DRAFTER:
             return header_of(choose(found)) if part is Part.CONFIG else whole_of(choose(found))
-        if not found.beside(CONFIG):
-            raise _no_config(found)
+        if repository.gguf:
+            raise WrongInput(f"{repository}: a GGUF, which is converted already; expected a checkpoint: ORG/NAME alone")
+        if repository.within(CONFIG) not in found.files:
+            raise WrongInput(f"{repository}: no {CONFIG}{_instead(found)}")
+        if part is Part.DRAFTER:
+            return _drafter(repository, found, select)
         return _snapshot(repository, (*SMALL, f"*{WEIGHTS}") if part is Part.WHOLE else SMALL)
 
 
@@ -78,23 +80,17 @@ def _snapshot(repository: Repository, patterns: Sequence[str]) -> Path:
     return root / repository.folder
 
 
-def _drafter(repository: Repository, select: Select) -> Path:
+def _drafter(repository: Repository, found: Contents, select: Select) -> Path:
     """Whole files where all of their tensors are needed, else excerpts of them."""
     from filelock import FileLock
 
-    folder = _snapshot(repository, SMALL)
-    commit = folder.parents[repository.folder.count("/")].name if repository.folder else folder.name
-    pinned = replace(repository, revision=commit)
-    if repository.gguf:
-        raise WrongInput(f"{repository}: a GGUF, which is converted already; expected a checkpoint: leave the : out")
-    if not (folder / CONFIG).exists():
-        raise _no_config(contents(pinned))
+    folder, pinned = _snapshot(repository, SMALL), replace(repository, revision=found.commit)
     excerpts = snapshots(pinned, "excerpts")
     excerpts.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(excerpts.with_name(f"{excerpts.name}.lock")):  # several conversions may want the same head
         if _is_there(excerpts, select):
             return excerpts
-        shards = _shards(pinned, folder)
+        shards = _shards(pinned, found, folder)
         names = [name for tensors in shards.values() for name in tensors]
         wanted = set(select(names))
         if wanted == set(names):
@@ -117,16 +113,16 @@ def _is_there(excerpts: Path, select: Select) -> bool:
     return set(select(names)) == set(index["weight_map"])
 
 
-def _shards(repository: Repository, folder: Path) -> dict[str, list[str]]:
+def _shards(repository: Repository, found: Contents, folder: Path) -> dict[str, list[str]]:
     """Weight files and the tensors in each: by the index, else by the header of each file."""
     indexes = sorted(folder.glob(f"*{INDEX}"))
     if len(indexes) > 1:
-        found = ", ".join(path.name for path in indexes)
-        raise WrongInput(f"{repository}: found several indexes ({found}), expected one; download the right files")
+        several = ", ".join(path.name for path in indexes)
+        raise WrongInput(f"{repository}: found several indexes ({several}), expected one; download the right files")
     if not indexes:
         if here := sorted(path.name for path in folder.glob(f"*{WEIGHTS}")):  # fetched before, and all of them needed
             return {file: [] for file in here}
-        files = _weight_files(repository)
+        files = _weight_files(found)
         headers = (read_remote_header(f"{repository}: {file}", _reader(repository, file)) for file in files)
         return {file: list(header.tensors) for file, header in zip(files, headers, strict=True)}
     weight_map = json_object(str(indexes[0]), indexes[0].read_bytes()).get("weight_map")
@@ -142,11 +138,10 @@ def _is_plain(file: Any) -> bool:
     return isinstance(file, str) and file.endswith(WEIGHTS) and "/" not in file and "\\" not in file
 
 
-def _weight_files(repository: Repository) -> list[str]:
-    found = contents(repository)
+def _weight_files(found: Contents) -> list[str]:
     weights = sorted(file.rpartition("/")[2] for file in found.beside(WEIGHTS))
     if not weights:
-        raise WrongInput(f"{repository}: no {WEIGHTS} file{_instead(found)}")
+        raise WrongInput(f"{found.repository}: no {WEIGHTS} file{_instead(found)}")
     return weights
 
 
@@ -154,16 +149,14 @@ def _reader(repository: Repository, file: str) -> Read:
     return reader(repository, repository.within(file))
 
 
-def _no_config(found: Contents) -> WrongInput:
-    place = f"no {CONFIG} in {found.pinned.folder}" if found.pinned.folder else f"no {CONFIG}"
-    return WrongInput(f"{found.pinned}: {place}{_instead(found)}")
-
-
 def _instead(found: Contents) -> str:
     """What there is where a checkpoint was looked for, and how to name it."""
-    name = found.pinned.id
-    if folders := found.folders(CONFIG):
-        return f"; it is in sub-folders: give {' or '.join(f'{name}/{folder}' for folder in folders[:6])}"
+    folders = [folder for folder in found.folders(CONFIG) if folder != found.repository.folder]
+    if folders:
+        names = [str(replace(found.repository, folder=folder)) for folder in folders]
+        return f"; a {CONFIG} is in sub-folders: give {shown(names)}"
+    if CONFIG in found.files and found.repository.folder:
+        return f"; it is at the root: give {replace(found.repository, folder='')}"
     if ggufs := found.below(GGUF):
         return f"; found GGUFs ({shown(ggufs, 3)}), which are converted already"
     return f"; found {shown(found.below('')) or 'nothing'}"

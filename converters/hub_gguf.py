@@ -38,18 +38,23 @@ NO_MODELS = ("mmproj", "imatrix")  # beside models, and taken only by their name
 
 @dataclass(frozen=True)
 class RemoteGGUF:
-    """A file by its path in the pinned repository; `count` is the number of parts of which it is the first."""
+    """A file by its path in the repository at a commit; `count` is the number of parts of which it is the first."""
 
-    pinned: Repository
+    repository: Repository
+    commit: str
     file: str
     count: int = 1
 
     def __str__(self) -> str:
-        return str(replace(self.pinned, folder="", gguf=self.file))
+        return str(replace(self.repository, folder="", gguf=self.file))
+
+    @property
+    def pinned(self) -> Repository:
+        return Repository(self.repository.id, self.commit)
 
     @property
     def with_holes(self) -> Path:
-        return snapshots(replace(self.pinned, folder=""), PARTS) / self.file
+        return snapshots(self.pinned, PARTS) / self.file
 
 
 # --- what commands ask for ---
@@ -94,7 +99,7 @@ def fetch_whole(place: Path) -> Path:
 def _fetched(repository: Repository, path: Path) -> RemoteGGUF:
     """What a file with holes is of: the commit that its header was fetched from, whatever is on the branch now."""
     commit, _, file = path.as_posix().rpartition(f"/{repository.cached}/snapshots/")[2].partition("/")
-    return RemoteGGUF(replace(repository, revision=commit), file)
+    return RemoteGGUF(repository, commit, file)
 
 
 @contextmanager
@@ -114,16 +119,16 @@ def _meant(place: Path) -> Iterator[RemoteGGUF | None]:
 def means_gguf(found: Contents) -> bool:
     """A checkpoint goes before GGUFs beside it, unless one of them is named."""
     published = found.beside(WEIGHTS) or found.beside(INDEX)
-    return bool(found.pinned.gguf) or (bool(found.below(GGUF)) and not published)
+    return bool(found.repository.gguf) or (bool(found.below(GGUF)) and not published)
 
 
 def choose(found: Contents) -> RemoteGGUF:
     """The one that is meant: named, by its quant, or the only one. Raises `WrongInput` listing what there is."""
     models = dict(_models(found.below(GGUF)))
-    wanted, repository = found.pinned.gguf, found.pinned
-    fits = _fitting(list(models), wanted, repository)
+    repository = found.repository
+    fits = _fitting(list(models), repository.gguf, repository)
     if len(fits) == 1:
-        return RemoteGGUF(repository, fits[0], models[fits[0]])
+        return RemoteGGUF(repository, found.commit, fits[0], models[fits[0]])
     there = fits or list(models)
     name = repository.id
     if not there:
@@ -149,7 +154,7 @@ def _fitting(files: Sequence[str], wanted: str, repository: Repository) -> list[
     if exact := [file for file in files if file in places]:
         return exact
     ends = rf"(^|.*[-._/]){word}(-\d{{5}}-of-\d{{5}})?\.gguf"
-    for pattern in (ends, rf"(.*/)?{word}/[^/]+", rf"(^|.*[-._/]){word}[-._/].*"):
+    for pattern in (ends, rf"(.*/)?{word}/[^/]+", rf"(^|.*[-._/]){word}[-./].*"):
         if fits := [file for file in models if re.fullmatch(pattern, file, re.IGNORECASE)]:
             return fits
     return []
@@ -164,7 +169,7 @@ def whole_of(remote: RemoteGGUF) -> Path:
 
     if remote.count > 1:
         stem = SPLIT.fullmatch(remote.file)
-        pattern = f"{stem['stem']}-*" if stem else remote.file
+        pattern = f"{stem['stem']}-*.gguf" if stem else remote.file
         said = f"`hf download {remote.pinned.id} --include '{pattern}'`, then `llama-gguf-split --merge`"
         raise WrongInput(f"{remote}: a model in {remote.count} parts, expected one file: {said}")
     quiet()

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,19 +60,20 @@ class Repository:
 
 @dataclass(frozen=True)
 class Contents:
-    """The repository at its commit, and the paths of its files."""
+    """What was asked for, its commit, and the paths of the repository's files."""
 
-    pinned: Repository
+    repository: Repository
+    commit: str
     files: tuple[str, ...]
 
     def below(self, ending: str) -> tuple[str, ...]:
         """Files in the meant folder or below it."""
-        start = self.pinned.within("")
+        start = self.repository.within("")
         return tuple(file for file in self.files if file.startswith(start) and file.endswith(ending))
 
     def beside(self, ending: str) -> tuple[str, ...]:
         """Files in the meant folder itself."""
-        start = self.pinned.within("")
+        start = self.repository.within("")
         return tuple(file for file in self.below(ending) if "/" not in file.removeprefix(start))
 
     def folders(self, name: str) -> tuple[str, ...]:
@@ -111,12 +112,12 @@ def contents(repository: Repository) -> Contents:
         known = _remembered(remembered) or _in_cache(repository)
         if known is None:
             raise
-        return Contents(replace(repository, revision=known[0]), tuple(known[1]))
-    files = tuple(sibling.rfilename for sibling in info.siblings or ())
+        return Contents(repository, known[0], tuple(known[1]))
+    commit, files = str(info.sha), tuple(sibling.rfilename for sibling in info.siblings or ())
     partial_file = remembered.with_suffix(f".{os.getpid()}")
-    partial_file.write_text(json.dumps({"commit": info.sha, "files": files}), encoding="utf-8")
+    partial_file.write_text(json.dumps({"commit": commit, "files": files}), encoding="utf-8")
     partial_file.replace(remembered)
-    return Contents(replace(repository, revision=info.sha), files)
+    return Contents(repository, commit, files)
 
 
 def _remembered(path: Path) -> tuple[str, list[str]] | None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -19,8 +22,10 @@ from mtp_checkpoints import job, small
 from published import PAIR
 from safetensors.numpy import load_file, save_file
 
-from convert_drafter.converters import WrongInput, convert, doctor, inspect
+from convert_drafter.converters import ConvertJob, WrongInput, convert, doctor, inspect
+from convert_drafter.converters.card import making_command, read_card
 from convert_drafter.converters.checkpoint import open_checkpoint, read_rows
+from convert_drafter.converters.cli import main
 from convert_drafter.converters.drafters import needed
 from convert_drafter.converters.excerpt import plan_excerpt, read_remote_header, write_excerpt
 from convert_drafter.converters.gguf_read import read_gguf
@@ -220,9 +225,80 @@ def test_a_hub_that_stays_busy_is_given_up(hub: FakeHub) -> None:
     assert "org/target: no such path; from the hub: the hub refused" in refusal(HEAD)
 
 
+def test_a_server_that_falls_silent_is_asked_again(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing comes and nobody hangs up: huggingface_hub's time limit, which range reads have as well."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
+    hub.break_after, hub.breaks, hub.stall = 40_000, 2, 2
+    started = time.monotonic()
+    assert len(open_checkpoint(fetch(HEAD, Part.DRAFTER, needed)).tensors) == 18
+    assert hub.breaks == 0 and time.monotonic() - started < hub.stall
+
+
 def test_a_server_without_ranges_is_told(hub: FakeHub) -> None:
     hub.ranges = False
     assert "the server sends whole files only; hf download the repository instead" in refusal(HEAD)
+
+
+# --- a checkpoint in a sub-folder ---
+
+
+@pytest.fixture
+def nested(hub: FakeHub, repository: Path, tmp_path: Path) -> FakeHub:
+    """Two checkpoints, neither at the root: a drafter and a target with a head."""
+    folder = tmp_path / "nested"
+    shutil.copytree(PAIR / "drafter", folder / "a" / "drafter")
+    shutil.copytree(repository, folder / "head")
+    (folder / "tokenizer_config.json").write_text("{}")
+    hub.repositories["org/nested"] = folder
+    return hub
+
+
+def test_a_sub_folder_is_a_checkpoint(nested: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command on its card names the sub-folder, and makes the same file."""
+    out, here = tmp_path / "a.gguf", tmp_path / "b.gguf"
+    convert(ConvertJob(Path("org/nested/a/drafter@main"), Path("org/pair"), "llama.cpp", "Q8_0", out))
+    keys = read_gguf(out).keys
+    assert keys["drafter.source.path"].value == "a/drafter" and "drafter.target.path" not in keys
+    command = making_command(read_card([out]).first)
+    assert command is not None and f"convert org/nested/a/drafter@{COMMIT} --target org/pair@{COMMIT}" in command
+    with pytest.raises(SystemExit) as done:
+        main([*shlex.split(command)[1:-1], str(here)])
+    assert done.value.code == 0 and here.read_bytes() == out.read_bytes()
+    assert not any(name.startswith("model-0") for name in nested.sent)  # the other folder's shards
+
+
+def test_a_head_in_a_sub_folder_costs_its_bytes(nested: FakeHub, repository: Path, tmp_path: Path) -> None:
+    place = Path("org/nested/head")
+    convert(job(place, tmp_path / "a.gguf"))
+    convert(job(repository, tmp_path / "b.gguf"))
+    ours, theirs = read_gguf(tmp_path / "a.gguf"), read_gguf(tmp_path / "b.gguf")
+    assert all((ours.tensor_bytes(name) == theirs.tensor_bytes(name)).all() for name in theirs.tensors)
+    assert ours.keys["drafter.source.path"].value == ours.keys["drafter.target.path"].value == "head"
+    sent = weights_sent(nested)
+    assert sent < sum(path.stat().st_size for path in repository.glob("*.safetensors"))
+    assert inspect(place).kind == "mtp-qwen35" and weights_sent(nested) == sent
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("org/nested", "org/nested: no config.json; a config.json is in sub-folders: give org/nested/a/drafter, "),
+        ("org/nested@main", "give org/nested/a/drafter@main, org/nested/head@main"),
+        ("org/nested/a", "org/nested/a: no config.json; a config.json is in sub-folders: give org/nested/a/drafter"),
+        ("org/nested/nothing", "org/nested/nothing: no config.json; a config.json is in sub-folders: give "),
+        ("org/drafter/x", "org/drafter/x: no config.json; it is at the root: give org/drafter"),
+    ],
+)
+@pytest.mark.parametrize("part", [Part.DRAFTER, Part.CONFIG, Part.WHOLE])
+def test_sub_folders_are_listed(nested: FakeHub, place: str, said: str, part: Part) -> None:
+    assert said in refusal(Path(place), part)
+
+
+def test_what_is_spelled_wrong_here_is_not_asked_for(hub: FakeHub, tmp_path: Path) -> None:
+    """A path into a folder that is here names nothing on the hub."""
+    (Path("org") / "other").mkdir(parents=True)
+    assert repository_of("org/nested/a") is None and repository_of("org/name") == Repository("org/name", None)
+    assert repository_of("org/name:Q8_0") == Repository("org/name", None, "", "Q8_0")
 
 
 # --- what cannot be had ---
