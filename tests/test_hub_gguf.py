@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import fake_llama_server
 import numpy as np
@@ -20,6 +20,7 @@ from mtp_checkpoints import job, small
 from planted_faults import Draft
 from published import PAIR
 from server_helps import CURRENT
+from target_gguf import write_target
 
 from convert_drafter.converters import ConvertJob, WrongInput, convert, doctor, inspect
 from convert_drafter.converters.cli import main
@@ -32,7 +33,10 @@ from convert_drafter.converters.hub_gguf import choose, fetch_header, fetch_tens
 from convert_drafter.converters.quantize import QuantizeJob, prepare_quantize, write_quantization
 from convert_drafter.converters.redialect import RedialectJob, redialect
 from convert_drafter.converters.repository import WATCH, Contents, Repository
-from convert_drafter.converters.verdict import Outcome
+from convert_drafter.converters.verdict import Gate, Outcome
+from convert_drafter.converters.verify import verify
+from convert_drafter.converters.verify.job import EngineAnswer, VerifyJob
+from convert_drafter.converters.verify.measured import Watch
 
 STEP = 2**18  # bytes that the start of a file is fetched in
 NEWER = "f" * 40
@@ -42,7 +46,7 @@ NEWER = "f" * 40
 def ggufs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Repositories: of one file, of several beside a config, of a head and its target's layers."""
     root = tmp_path_factory.mktemp("ggufs")
-    found = {f"org/{name}": root / name for name in ("one", "many", "head")}
+    found = {f"org/{name}": root / name for name in ("one", "many", "head", "target-GGUF")}
     for folder in found.values():
         folder.mkdir()
         (folder / "README.md").write_text("a page")
@@ -51,6 +55,7 @@ def ggufs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             out = root / place / f"dflash-{recipe}.gguf"
             convert(ConvertJob(PAIR / "drafter", PAIR / "target", "llama.cpp", recipe, out))
     (root / "many" / "config.json").write_text("{}")
+    write_target(PAIR / "target", root / "target-GGUF" / "target-F32.gguf")
     convert(job(small(root / "mtp"), root / "mtp.gguf"))
     write_attached(root / "mtp.gguf", root / "head" / "target-Q8_0.gguf")
     return found
@@ -347,6 +352,18 @@ def test_a_launch_names_files_that_are_there(
     assert gguf_hub.sent["model.safetensors"] == 0  # the target's weights are no GGUF
 
 
+def test_other_engines_get_the_names_of_repositories(gguf_hub: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
+    """They fetch for themselves; what was fetched here may be a part."""
+    code, out, err = run(capsys, "launch", "org/drafter", "--target", "org/pair", "--engine", "vllm", "--json")
+    found = json.loads(out)
+    assert (code, err) == (0, "") and found["command"][:3] == ["vllm", "serve", "org/pair"]
+    assert json.loads(found["command"][4])["model"] == "org/drafter" == found["files"]["drafter"]["path"]
+    code, out, err = run(capsys, "launch", "org/target", "--engine", "sglang")
+    assert (code, err) == (0, "") and "--model-path org/target " in out and "org/target" not in gguf_hub.sent
+    code, out, err = run(capsys, "launch", "org/target@main", "--engine", "sglang")
+    assert code == 2 and "give org/target, and the revision in their own option: -- --revision main" in err
+
+
 def test_a_card_of_files_on_the_hub(
     gguf_hub: FakeHub, ggufs: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -367,12 +384,26 @@ def test_a_target_that_is_run_is_fetched_whole(gguf_hub: FakeHub, ggufs: dict[st
     assert has_holes(fetch(Path("org/many:F32"), Part.CONFIG))
 
 
-@pytest.mark.engine
-def test_verify_runs_a_file_of_the_hub(gguf_hub: FakeHub, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    words = ["--target", "org/pair", "--source", "org/drafter", "--max-prompts", "1", "--new-tokens", "8"]
-    code, out, _ = run(capsys, "verify", "org/many:Q8_0", *words, "--json", "-")
-    gates: dict[str, Any] = {gate["name"]: gate["outcome"] for gate in json.loads(out)["gates"]}
-    assert code == 0 and gates["structure"] == gates["pairing"] == gates["lossless"] == "pass"
+def test_verify_runs_whole_files(
+    gguf_hub: FakeHub, ggufs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What an engine gets, in place of one that measures."""
+    gguf_hub.repositories["org/target"] = PAIR / "target"  # as its name is in the file
+    given: list[VerifyJob] = []
+
+    def run_nothing(job: VerifyJob, gates: Sequence[Gate], watch: Watch) -> EngineAnswer:
+        given.append(job)
+        return EngineAnswer((), {})
+
+    monkeypatch.setattr(verify, "find_engine", lambda name, job: run_nothing)
+    words = ["--target", "org/target", "--target", "org/target-GGUF", "--source", "org/drafter", "--json", "-"]
+    code, out, _ = run(capsys, "verify", "org/many:Q8_0", *words)
+    gates = {gate["name"]: gate["outcome"] for gate in json.loads(out)["gates"]}
+    assert code == 0 and gates["structure"] == gates["pairing"] == "pass" and len(given) == 2
+    job = given[0]
+    assert job.file.read_bytes() == (ggufs["org/many"] / job.file.name).read_bytes()
+    assert job.folder is not None and (job.folder / "model.safetensors").exists()
+    assert job.gguf is not None and job.gguf.read_bytes() == (ggufs["org/target-GGUF"] / "target-F32.gguf").read_bytes()
 
 
 # --- ranges ---

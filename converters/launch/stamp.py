@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from convert_drafter.converters.launch.launching import Launch
+from convert_drafter.converters.repository import repository_of
 
 SCHEMA, VERSION = "convert-drafter/launch", 1
 
@@ -40,9 +41,11 @@ def stamp(decided: Launch) -> dict[str, Any]:
 
 
 def _file(path: Path | None) -> dict[str, Any] | None:
-    """Its absolute path, size and time of change; a folder has neither."""
+    """Its absolute path, size and time of change; a folder has neither, and a repository its name only."""
     if path is None:
         return None
+    if repository_of(path) is not None:
+        return {"path": str(path), "bytes": None, "modified_ns": None}
     state = path.stat() if path.is_file() else None
     return {
         "path": str(path.resolve()),
