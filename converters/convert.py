@@ -33,6 +33,7 @@ from convert_drafter.converters.ops import Array
 from convert_drafter.converters.plan import Dropped, Matcher, Plan, PlannedTensor, match_tensors, plan_tensors
 from convert_drafter.converters.quantized import expand
 from convert_drafter.converters.recipes import RECIPES, Recipe, no_recipe
+from convert_drafter.converters.repository import name_of
 from convert_drafter.converters.roles import role_name
 from convert_drafter.converters.shared_cache import cache_doubts, cache_misfits
 from convert_drafter.converters.spec import DrafterSpec
@@ -300,8 +301,7 @@ def _keys(
     """All metadata of the file, in its order: general, the drafter's facts, our own, the tokenizer's."""
     string, u32 = GGUFValueType.STRING, GGUFValueType.UINT32
     checkpoint, target = published.checkpoint, published.target
-    repository, _ = provenance.source_of(checkpoint.root)
-    name = repository.split("/")[-1] if repository else checkpoint.root.resolve().name
+    name = name_of(checkpoint.root)
     return (
         KeyValue("general.architecture", string, cell.arch),
         KeyValue("general.type", string, "model"),

@@ -27,6 +27,7 @@ from convert_drafter.converters.weight_files import WEIGHTS
 NAME = re.compile(
     r"(?P<id>\w[\w.-]*/\w[\w.-]*)(/(?P<folder>[^@:\\]+))?(:(?P<gguf>[^@:\\]+))?(@(?P<revision>\w[\w./-]*))?", re.ASCII
 )
+CACHE_FOLDER = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<revision>[0-9a-f]{40})(/|$)")
 GGUF = ".gguf"
 TRIES = 5  # a transfer that breaks off without a byte this often has failed
 LIBRARY = "convert-drafter"
@@ -175,6 +176,41 @@ def shown(names: Iterable[str], most: int = 8) -> str:
     """Names for a message, not all of them where there are many."""
     every = list(names)
     return ", ".join(every[:most]) + (f" and {len(every) - most} more" if len(every) > most else "")
+
+
+# --- where a path came from ---
+
+
+def source_of(folder: Path) -> tuple[str | None, str | None]:
+    """(repository, revision) of a folder that came from the Hugging Face hub, as far as it tells.
+
+    Known places: the hub cache's folder names, and the metadata `hf download --local-dir` leaves behind.
+    """
+    if match := _cached(folder):
+        return f"{match['owner']}/{match['name']}", match["revision"]
+    metadata = folder / ".cache" / "huggingface" / "download" / "config.json.metadata"
+    if metadata.is_file():
+        first = metadata.read_text(encoding="utf-8", errors="replace").splitlines()[:1]
+        if first and re.fullmatch(r"[0-9a-f]{40}", first[0]):
+            return None, first[0]
+    return None, None
+
+
+def name_of(folder: Path) -> str:
+    """A model's name by the repository it came from, else by its folder."""
+    repository, _ = source_of(folder)
+    return repository.split("/")[-1] if repository else folder.resolve().name
+
+
+def place_in_repository(path: Path) -> str:
+    """Where a folder or a file from the hub's cache lies in its repository; "" for the root and for other places."""
+    match = _cached(path)
+    return "" if match is None else match.string[match.end() :].rstrip("/")
+
+
+def _cached(path: Path) -> re.Match[str] | None:
+    places = (path.absolute(), path.resolve())  # a link into the cache counts, a link out of it as well
+    return next(filter(None, (CACHE_FOLDER.search(f"{place.as_posix()}/") for place in places)), None)
 
 
 # --- bytes of a file on the hub ---

@@ -21,9 +21,11 @@ from typing import Any
 
 from convert_drafter.converters.convert import Conversion
 from convert_drafter.converters.destination import OURS, write_whole
+from convert_drafter.converters.drafters import needed
 from convert_drafter.converters.errors import DrafterError, WrongInput
 from convert_drafter.converters.file_hash import FileHash, hash_file
 from convert_drafter.converters.gguf_file import KeyValue
+from convert_drafter.converters.hub import Part, fetch
 from convert_drafter.converters.hub_gguf import fetch_tensors
 from convert_drafter.converters.json_text import json_object
 from convert_drafter.converters.plan import PlannedTensor
@@ -218,7 +220,8 @@ def _of_quantization(found: Quantization) -> Wanted:
 
 def _of_verification(found: Verification) -> Wanted:
     """Nothing is decided before a verification runs: its settings are the job's, without what changes no answer."""
-    job = found.job
+    source = found.job.source
+    job = replace(found.job.fetched(), source=None if source is None else fetch(source, Part.DRAFTER, needed))
     wished = {
         "max-prompts": job.max_prompts, "new-tokens": job.new_tokens, "max-drop": job.max_drop,
         "min-acceptance-length": job.least_length, "contexts": job.contexts, "dtype": job.dtype,

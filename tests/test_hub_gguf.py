@@ -23,7 +23,9 @@ from server_helps import CURRENT
 from target_gguf import write_target
 
 from convert_drafter.converters import ConvertJob, WrongInput, convert, doctor, inspect
+from convert_drafter.converters.batch import preflight
 from convert_drafter.converters.cli import main
+from convert_drafter.converters.commands.jobs_file import read_jobs
 from convert_drafter.converters.convert import prepare
 from convert_drafter.converters.gguf_file import StoredTensor, write_gguf
 from convert_drafter.converters.gguf_read import read_gguf
@@ -33,6 +35,7 @@ from convert_drafter.converters.hub_gguf import choose, fetch_header, fetch_tens
 from convert_drafter.converters.quantize import QuantizeJob, prepare_quantize, write_quantization
 from convert_drafter.converters.redialect import RedialectJob, redialect
 from convert_drafter.converters.repository import WATCH, Contents, Repository
+from convert_drafter.converters.stamp import Verification, standing
 from convert_drafter.converters.verdict import Gate, Outcome
 from convert_drafter.converters.verify import verify
 from convert_drafter.converters.verify.job import EngineAnswer, VerifyJob
@@ -382,6 +385,29 @@ def test_a_target_that_is_run_is_fetched_whole(gguf_hub: FakeHub, ggufs: dict[st
     for part in (Part.WHOLE, Part.SERVED):
         assert not has_holes(fetch(Path("org/many:Q8_0"), part))
     assert has_holes(fetch(Path("org/many:F32"), Part.CONFIG))
+
+
+def test_jobs_name_ggufs(
+    gguf_hub: FakeHub, ggufs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looked at by their headers, made, and up to date as files that lie here are."""
+    (tmp_path / "jobs.toml").write_text(
+        '[[job]]\nname = "a"\ndo = "quantize"\nsource = "org/many:F32@main"\nquant = "Q8_0"\nout = "{name}.gguf"\n'
+        '[[job]]\nname = "b"\ndo = "verify"\nfile = "org/many:Q8_0"\ntarget = "org/pair"\nsource = "org/drafter"\n'
+        'json = "b.json"\n'
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(preflight, "find_engine", lambda name, job: None)
+    here = ggufs["org/many"] / "dflash-F32.gguf"
+    quantization, verification = read_jobs(Path("jobs.toml"))
+    checked = preflight.preflight([quantization, verification])
+    assert not checked.faulty and gguf_hub.sent[here.name] < header_bytes(here) + STEP
+    assert isinstance(quantization.job, QuantizeJob) and isinstance(verification.job, Verification)
+    found = standing(prepare_quantize(quantization.job))
+    assert not found.up_to_date and found.wanted.inputs["source"].read_bytes() == here.read_bytes()
+    inputs = standing(verification.job).wanted.inputs
+    assert {"file", "folder/model.safetensors", "folder/config.json", "source/model.safetensors"} <= inputs.keys()
+    assert inputs["file"].read_bytes() == (ggufs["org/many"] / "dflash-Q8_0.gguf").read_bytes()
 
 
 def test_verify_runs_whole_files(

@@ -17,6 +17,7 @@ from convert_drafter.converters.drafters import needed
 from convert_drafter.converters.errors import DrafterError, Problems
 from convert_drafter.converters.gguf_file import KeyValue
 from convert_drafter.converters.hub import Part, fetch
+from convert_drafter.converters.hub_gguf import fetch_header
 from convert_drafter.converters.quantize import QuantizeJob, prepare_quantize
 from convert_drafter.converters.stamp import Verification
 from convert_drafter.converters.target import read_target
@@ -174,7 +175,7 @@ def _source(path: Path | None) -> None:
 
 
 def _drafter(path: Path, found: _Findings) -> None:
-    found.faults += [f"{path}: {problem}" for problem in read_drafter_file(path).problems]
+    found.faults += [f"{path}: {problem}" for problem in read_drafter_file(fetch_header(path)).problems]
 
 
 # --- places ---

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from convert_drafter.converters.errors import WrongInput
 from convert_drafter.converters.json_text import json_object
-from convert_drafter.converters.provenance import source_of
+from convert_drafter.converters.repository import source_of
 from convert_drafter.converters.scan.found import Skipped
 from convert_drafter.converters.weight_files import INDEX, WEIGHTS
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from convert_drafter.converters.errors import WrongUsage
+from convert_drafter.converters.hub import Part, fetch
+from convert_drafter.converters.hub_gguf import fetch_whole
 from convert_drafter.converters.repository import repository_of
 from convert_drafter.converters.verdict import Diagnosis, Gate
 from convert_drafter.converters.verify.measured import Measured
@@ -60,6 +62,11 @@ class VerifyJob:
         return tuple(
             path for path in (self.file, *self.targets, self.source, self.prompts, self.server) if path is not None
         )
+
+    def fetched(self) -> VerifyJob:
+        """The same with what is run fetched, where it lies on the hub."""
+        targets = tuple(fetch(target, Part.WHOLE) for target in self.targets)
+        return replace(self, file=fetch_whole(self.file), targets=targets)
 
     @property
     def engines(self) -> tuple[str, ...]:
