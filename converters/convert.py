@@ -26,7 +26,7 @@ from convert_drafter.converters.experts import stack_experts
 from convert_drafter.converters.gguf_file import KeyValue, StoredTensor, write_gguf
 from convert_drafter.converters.gguf_read import GGUFFile
 from convert_drafter.converters.hub import Part, fetch
-from convert_drafter.converters.hub_gguf import fetch_tensors
+from convert_drafter.converters.hub_gguf import fetch_tensors, fetch_whole
 from convert_drafter.converters.importance import Importance, read_importance, without_entry
 from convert_drafter.converters.launch.line import launch_line
 from convert_drafter.converters.ops import Array
@@ -159,7 +159,7 @@ def prepare(job: ConvertJob) -> Conversion:
     """Decide everything about a conversion from headers alone. Raises with every problem; writes nothing."""
     recipe = find_recipe(job.recipe)
     published = read_published(job.source, job.target, job.settings, job.ignore)
-    job = replace(job, target=published.target_path)
+    job = replace(job, target=published.target_path, importance=job.importance and fetch_whole(job.importance))
     reader, spec, checkpoint = published.reader, published.spec, published.checkpoint
     cell = find_cell(published.kind.name, job.runtime)
     refuse_overwriting(job.out, sources_of(checkpoint, job.target))

@@ -107,10 +107,18 @@ def _meant(place: Path) -> Iterator[RemoteGGUF | None]:
     """The GGUF that is meant, None for a path; what the hub refuses is told."""
     repository = repository_of(place)
     if repository is None:
+        _require_spelling(place)
         yield None
         return
     with hub_errors(repository):
         yield choose(contents(repository))
+
+
+def _require_spelling(place: Path) -> None:
+    """A slash before a file's name is the disk's: said where it may have been the hub that was meant."""
+    if place.suffix == GGUF and len(place.parts) > 2 and not place.is_absolute() and not place.exists():
+        name = f"{'/'.join(place.parts[:2])}:{'/'.join(place.parts[2:])}"
+        raise WrongInput(f"{place}: there is nothing of this name; a GGUF in a repository on the hub: {name}")
 
 
 # --- which file ---

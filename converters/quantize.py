@@ -22,7 +22,7 @@ from convert_drafter.converters.encoding import SLAB_WEIGHTS, Encoder, Tally, co
 from convert_drafter.converters.errors import DrafterError, Problems, WrongInput, WrongUsage
 from convert_drafter.converters.gguf_file import KeyValue, StoredTensor, write_gguf
 from convert_drafter.converters.gguf_read import GGUFFile, read_gguf
-from convert_drafter.converters.hub_gguf import fetch_header, fetch_tensors
+from convert_drafter.converters.hub_gguf import fetch_header, fetch_tensors, fetch_whole
 from convert_drafter.converters.importance import KEYS as IMATRIX_KEYS
 from convert_drafter.converters.importance import Importance, read_importance, without_entry
 from convert_drafter.converters.launch.line import launch_line
@@ -116,6 +116,7 @@ def prepare_quantize(job: QuantizeJob) -> Quantization:
     recipe = find_recipe(job.recipe)
     if job.source.is_dir():
         raise WrongUsage(f"{job.source}: is a folder, expected a GGUF; `convert` reads checkpoints")
+    job = replace(job, importance=job.importance and fetch_whole(job.importance))
     file = read_gguf(fetch_header(job.source))
     refuse_overwriting(job.out, (file.path, *([job.importance] if job.importance else ())))
     importance = read_importance(job.importance) if job.importance else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ import fake_llama_server
 import numpy as np
 import pytest
 from fake_hub import COMMIT, FakeHub
+from gguf import GGMLQuantizationType, GGUFValueType
 from hypothesis import given
 from hypothesis import strategies as st
 from mtp_checkpoints import job, small
@@ -27,7 +29,7 @@ from convert_drafter.converters.batch import preflight
 from convert_drafter.converters.cli import main
 from convert_drafter.converters.commands.jobs_file import read_jobs
 from convert_drafter.converters.convert import prepare
-from convert_drafter.converters.gguf_file import StoredTensor, write_gguf
+from convert_drafter.converters.gguf_file import KeyValue, StoredTensor, write_gguf
 from convert_drafter.converters.gguf_read import read_gguf
 from convert_drafter.converters.holes import has_holes, joined, without
 from convert_drafter.converters.hub import Part, fetch
@@ -41,6 +43,7 @@ from convert_drafter.converters.verify import verify
 from convert_drafter.converters.verify.job import EngineAnswer, VerifyJob
 from convert_drafter.converters.verify.measured import Watch
 
+ROOT = Path(__file__).parent.parent
 STEP = 2**18  # bytes that the start of a file is fetched in
 NEWER = "f" * 40
 
@@ -321,6 +324,33 @@ def test_quantize_makes_what_it_makes_of_the_file_here(
     assert gguf_hub.sent[here.name] < here.stat().st_size + header_bytes(here) + STEP
 
 
+def test_an_importance_matrix_of_the_hub(
+    gguf_hub: FakeHub, ggufs: dict[str, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """It lies beside the models, and is no model: taken by its name only."""
+    folder, name = tmp_path / "weighed", "blk.0.ffn_up.weight"
+    folder.mkdir()
+    here = ggufs["org/many"] / "dflash-F32.gguf"
+    row = read_gguf(here).tensors[name].shape[-1]
+    keys = [
+        KeyValue("general.architecture", GGUFValueType.STRING, "imatrix"),
+        KeyValue("general.type", GGUFValueType.STRING, "imatrix"),
+        KeyValue("imatrix.datasets", GGUFValueType.ARRAY, ("a.txt",), GGUFValueType.STRING),
+        KeyValue("imatrix.chunk_count", GGUFValueType.UINT32, 1),
+        KeyValue("imatrix.chunk_size", GGUFValueType.UINT32, 512),
+    ]
+    sums = {f"{name}.in_sum2": np.arange(1, row + 1, dtype=np.float32), f"{name}.counts": np.ones(1, np.float32)}
+    stored = [StoredTensor(key, value.shape, GGMLQuantizationType.F32) for key, value in sums.items()]
+    write_gguf(folder / "imatrix.gguf", keys, stored, lambda tensor: [sums[tensor.name]])
+    (folder / here.name).symlink_to(here)
+    gguf_hub.repositories["org/weighed"] = folder
+    for out, matrix in {"a": "org/weighed:imatrix.gguf", "b": folder / "imatrix.gguf", "c": None}.items():
+        words = [] if matrix is None else ["--imatrix", matrix]
+        assert run(capsys, "quantize", "org/weighed", tmp_path / f"{out}.gguf", "Q4_K_M", *words)[0] == 0
+    ours, theirs, plain = ((tmp_path / f"{name}.gguf").read_bytes() for name in "abc")
+    assert ours == theirs and len(plain) < len(ours)
+
+
 def test_the_commit_stays_that_of_the_header(gguf_hub: FakeHub, ggufs: dict[str, Path], tmp_path: Path) -> None:
     """A branch that moves between decision and work."""
     decided = prepare_quantize(QuantizeJob(Path("org/one"), tmp_path / "o.gguf", "Q4_0", allow_requantize=True))
@@ -430,6 +460,32 @@ def test_verify_runs_whole_files(
     assert job.file.read_bytes() == (ggufs["org/many"] / job.file.name).read_bytes()
     assert job.folder is not None and (job.folder / "model.safetensors").exists()
     assert job.gguf is not None and job.gguf.read_bytes() == (ggufs["org/target-GGUF"] / "target-F32.gguf").read_bytes()
+
+
+def test_the_page_s_commands_run(
+    gguf_hub: FakeHub, ggufs: dict[str, Path], repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """docs/hub.md, with small models under the names of large ones."""
+    fake_llama_server.make(tmp_path, help=CURRENT)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    gguf_hub.repositories |= {
+        "z-lab/Qwen3-8B-DFlash": PAIR / "drafter",
+        "Qwen/Qwen3-8B": PAIR / "target",
+        "Qwen/Qwen3-8B-GGUF": ggufs["org/target-GGUF"],
+        "Qwen/Qwen3.5-4B": repository,
+        "me/drafters-GGUF": ggufs["org/many"],
+    }
+    commands = re.findall(r"^\$ convert-drafter (.+)$", (ROOT / "docs" / "hub.md").read_text(), re.MULTILINE)
+    assert len(commands) == 6
+    for command in commands:
+        with pytest.raises(SystemExit) as done:
+            main(shlex.split(command))
+        assert done.value.code == 0, command
+
+
+def test_a_slash_before_a_file_is_the_disk_s(hub: FakeHub) -> None:
+    with pytest.raises(WrongInput, match=r"nothing of this name; a GGUF in a repository on the hub: org/one:x\.gguf"):
+        doctor(Path("org/one/x.gguf"))
 
 
 # --- ranges ---
