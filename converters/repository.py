@@ -1,7 +1,8 @@
 """Repositories on the Hugging Face hub: how one is named, what is in it, bytes of its files, and what can go wrong.
 
 Spelled ORG/NAME[/FOLDER][:GGUF][@REVISION]: a folder of a checkpoint, and as llama.cpp's -hf has it, a GGUF by its
-quant; or by its name. Caches, tokens and offline mode are `huggingface_hub`'s own.
+quant; or by its name. The revision may also stand before the colon. Caches, tokens and offline mode are
+`huggingface_hub`'s own.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from convert_drafter.converters.json_text import json_object
 from convert_drafter.converters.weight_files import WEIGHTS
 
 NAME = re.compile(
-    r"(?P<id>\w[\w.-]*/\w[\w.-]*)(/(?P<folder>[^@:\\]+))?(:(?P<gguf>[^@:\\]+))?(@(?P<revision>\w[\w./-]*))?", re.ASCII
+    r"(?P<id>\w[\w.-]*/\w[\w.-]*)(/(?P<folder>[^@:\\]+))?"
+    r"((@(?P<early>\w[\w./-]*))?(:(?P<gguf>[^@:\\]+))|(:(?P<named>[^@:\\]+))?(@(?P<revision>\w[\w./-]*))?)",
+    re.ASCII,
 )
 CACHE_FOLDER = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<revision>[0-9a-f]{40})(/|$)")
 GGUF = ".gguf"
@@ -91,7 +94,8 @@ def repository_of(place: str | Path) -> Repository | None:
     match = NAME.fullmatch(text)
     if match is None or os.path.lexists(text):
         return None
-    found = Repository(match["id"], match["revision"], match["folder"] or "", match["gguf"] or "")
+    revision, gguf = match["revision"] or match["early"], match["gguf"] or match["named"] or ""
+    found = Repository(match["id"], revision, match["folder"] or "", gguf)
     if not found.gguf and text.endswith((WEIGHTS, GGUF, ".json")):
         return None
     if found.folder and os.path.lexists(found.id.partition("/")[0]):

@@ -64,6 +64,8 @@ def weights_sent(hub: FakeHub) -> int:
         ("org/name:Q8_0", Repository("org/name", None, "", "Q8_0")),
         ("org/name:sub/x y.gguf@refs/pr/1", Repository("org/name", "refs/pr/1", "", "sub/x y.gguf")),
         ("org/name/sub:Q8_0", Repository("org/name", None, "sub", "Q8_0")),
+        ("org/name@v1:Q8_0", Repository("org/name", "v1", "", "Q8_0")),
+        ("org/name@v1:Q8_0@v2", None),
         ("org/name/x.gguf", None),
         ("org/name/x.safetensors", None),
         ("org/name/../x", None),
@@ -79,7 +81,8 @@ def weights_sent(hub: FakeHub) -> int:
 )
 def test_names_of_repositories(text: str, expected: Repository | None) -> None:
     assert repository_of(text) == expected == repository_of(Path(text)) or text.startswith("./")
-    assert expected is None or str(expected) == text
+    assert expected is None or str(expected) == text or "@v1:" in text
+    assert expected is None or repository_of(str(expected)) == expected
 
 
 def test_what_lies_here_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

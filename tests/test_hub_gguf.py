@@ -417,6 +417,35 @@ def test_a_target_that_is_run_is_fetched_whole(gguf_hub: FakeHub, ggufs: dict[st
     assert has_holes(fetch(Path("org/many:F32"), Part.CONFIG))
 
 
+def test_jobs_in_another_folder_name_repositories(hub: FakeHub) -> None:
+    """Paths count from the jobs' folder, names of repositories do not."""
+    Path("conf").mkdir()
+    Path("conf/jobs.toml").write_text(
+        '[[job]]\nname = "a"\nsource = "org/drafter"\ntarget = "org/pair@main"\nfor = "lucebox"\nquant = "Q8_0"\n'
+        'out = "out/{name}.gguf"\n[[job]]\nname = "b"\ndo = "quantize"\nsource = "out/a.gguf"\nquant = "Q4_0"\n'
+        'out = "out/new/{name}.gguf"\n'
+    )
+    tasks = read_jobs(Path("conf/jobs.toml"))
+    assert tasks[0].inputs == (Path("org/drafter"), Path("org/pair@main")) and tasks[1].after == ("a",)
+    assert tasks[1].inputs == tasks[0].outputs == (Path("conf/out/a.gguf"),)
+
+
+def test_a_target_in_parts_tells_all_by_its_first(gguf_hub: FakeHub, ggufs: dict[str, Path], tmp_path: Path) -> None:
+    draft = Draft.of(ggufs["org/target-GGUF"] / "target-F32.gguf")
+    draft.keys["split.count"] = KeyValue("split.count", GGUFValueType.UINT16, 2)
+    (tmp_path / "parts").mkdir()
+    draft.write(tmp_path / "parts" / "big-F32-00001-of-00002.gguf")
+    (tmp_path / "parts" / "big-F32-00002-of-00002.gguf").write_bytes(bytes(10**6))
+    gguf_hub.repositories["org/parts"] = tmp_path / "parts"
+    for name, target in (("a", Path("org/parts:F32")), ("b", ggufs["org/target-GGUF"] / "target-F32.gguf")):
+        convert(ConvertJob(PAIR / "drafter", target, "llama.cpp", "Q8_0", tmp_path / f"{name}.gguf"))
+    ours, theirs = (read_gguf(tmp_path / f"{name}.gguf").keys for name in "ab")
+    assert {key for key in ours if ours[key] != theirs.get(key)} <= {
+        f"drafter.target.{key}" for key in ("name", "repository", "revision", "path")
+    }
+    assert not gguf_hub.sent["big-F32-00002-of-00002.gguf"]
+
+
 def test_jobs_name_ggufs(
     gguf_hub: FakeHub, ggufs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
