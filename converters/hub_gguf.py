@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from convert_drafter.converters.errors import WrongInput
+from convert_drafter.converters.gguf_file import PART
 from convert_drafter.converters.gguf_read import GGUFFile, walk_metadata
 from convert_drafter.converters.holes import FileWithHoles, Start, has_holes
 from convert_drafter.converters.repository import (
@@ -32,7 +33,6 @@ from convert_drafter.converters.weight_files import INDEX, WEIGHTS
 
 PARTS = "ggufs"  # of our folders the one for files with holes
 NEAR_ALL = 0.9  # of a file's bytes: then the whole is fetched, which other programs can use as well
-SPLIT = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf")  # llama-gguf-split's names
 NO_MODELS = ("mmproj", "imatrix")  # beside models, and taken only by their names, as llama.cpp's -hf has it
 
 
@@ -148,8 +148,8 @@ def choose(found: Contents) -> RemoteGGUF:
 def _models(files: Iterable[str]) -> Iterator[tuple[str, int]]:
     """(file, number of parts), a set of parts by its first."""
     for file in files:
-        split = SPLIT.fullmatch(file)
-        if split is None or int(split["part"]) == 1:
+        split = PART.fullmatch(file)
+        if split is None or int(split["number"]) == 1:
             yield file, 1 if split is None else int(split["count"])
 
 
@@ -176,7 +176,7 @@ def whole_of(remote: RemoteGGUF) -> Path:
     from huggingface_hub import hf_hub_download
 
     if remote.count > 1:
-        stem = SPLIT.fullmatch(remote.file)
+        stem = PART.fullmatch(remote.file)
         pattern = f"{stem['stem']}-*.gguf" if stem else remote.file
         said = f"`hf download {remote.pinned.id} --include '{pattern}'`, then `llama-gguf-split --merge`"
         raise WrongInput(f"{remote}: a model in {remote.count} parts, expected one file: {said}")

@@ -37,6 +37,7 @@ from convert_drafter.converters.hub_gguf import choose, fetch_header, fetch_tens
 from convert_drafter.converters.quantize import QuantizeJob, prepare_quantize, write_quantization
 from convert_drafter.converters.redialect import RedialectJob, redialect
 from convert_drafter.converters.repository import WATCH, Contents, Repository
+from convert_drafter.converters.scan.scan import scan
 from convert_drafter.converters.stamp import Verification, standing
 from convert_drafter.converters.verdict import Gate, Outcome
 from convert_drafter.converters.verify import verify
@@ -515,6 +516,12 @@ def test_the_page_s_commands_run(
 def test_a_slash_before_a_file_is_the_disk_s(hub: FakeHub) -> None:
     with pytest.raises(WrongInput, match=r"nothing of this name; a GGUF in a repository on the hub: org/one:x\.gguf"):
         doctor(Path("org/one/x.gguf"))
+
+
+def test_a_scan_takes_no_file_with_holes_for_a_model(gguf_hub: FakeHub, tmp_path: Path) -> None:
+    path = fetch_header(Path("org/one"))
+    found = scan(path.parent)
+    assert not found.models and [skipped.path for skipped in found.skipped] == [path]
 
 
 # --- ranges ---
