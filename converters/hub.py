@@ -32,6 +32,7 @@ from convert_drafter.converters.repository import (
     repository_of,
     shown,
     snapshots,
+    source_of,
 )
 from convert_drafter.converters.weight_files import CONFIG, INDEX, WEIGHTS, Select, everything
 
@@ -84,7 +85,8 @@ def _drafter(repository: Repository, found: Contents, select: Select) -> Path:
     """Whole files where all of their tensors are needed, else excerpts of them."""
     from filelock import FileLock
 
-    folder, pinned = _snapshot(repository, SMALL), replace(repository, revision=found.commit)
+    folder = _snapshot(repository, SMALL)
+    pinned = replace(repository, revision=source_of(folder)[1] or found.commit)
     excerpts = snapshots(pinned, "excerpts")
     excerpts.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(excerpts.with_name(f"{excerpts.name}.lock")):  # several conversions may want the same head

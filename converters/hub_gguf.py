@@ -32,7 +32,7 @@ from convert_drafter.converters.repository import (
 from convert_drafter.converters.weight_files import INDEX, WEIGHTS
 
 PARTS = "ggufs"  # of our folders the one for files with holes
-NEAR_ALL = 0.9  # of a file's bytes: then the whole is fetched, which other programs can use as well
+NEAR_ALL = 0.9  # of the bytes of a file's tensors: then the whole is fetched, which other programs can use as well
 NO_MODELS = ("mmproj", "imatrix")  # beside models, and taken only by their names, as llama.cpp's -hf has it
 
 
@@ -82,8 +82,9 @@ def fetch_tensors(place: Path, file: GGUFFile) -> GGUFFile:
         return file
     found = _fetched(repository, file.path)
     wanted = [(file.offsets[name], file.offsets[name] + tensor.n_bytes) for name, tensor in file.tensors.items()]
+    data = file.path.stat().st_size - min(file.offsets.values(), default=0)
     with hub_errors(repository):
-        if sum(end - start for start, end in wanted) > NEAR_ALL * file.path.stat().st_size:
+        if sum(end - start for start, end in wanted) > NEAR_ALL * data:
             return replace(file, path=whole_of(found))
         with _held(found) as partly:
             partly.fill(wanted, WATCH.get())

@@ -105,16 +105,18 @@ def repository_of(place: str | Path) -> Repository | None:
 
 
 def contents(repository: Repository) -> Contents:
-    """What is in it at its revision; where the hub cannot be asked, what it said the last time."""
+    """What is in it at its revision; where the hub cannot be asked or refuses, what it said the last time."""
     import httpx2
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RevisionNotFoundError
 
     remembered = assets(repository, "contents") / f"{quote(repository.revision or 'main', safe='')}.json"
     try:
         info = HfApi().model_info(repository.id, revision=repository.revision)
-    except (OfflineModeIsEnabled, httpx2.ConnectError, httpx2.TimeoutException):
-        known = _remembered(remembered) or _in_cache(repository)
+    except RevisionNotFoundError:
+        raise
+    except (OfflineModeIsEnabled, HfHubHTTPError, httpx2.ConnectError, httpx2.TimeoutException):
+        known = _remembered(remembered) or _in_cache(repository)  # as huggingface_hub does with whole files
         if known is None:
             raise
         return Contents(repository, known[0], tuple(known[1]))

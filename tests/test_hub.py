@@ -366,6 +366,14 @@ def test_offline_takes_what_is_there(hub: FakeHub, repository: Path, tmp_path: P
     assert sum(sent.values()) == before
 
 
+def test_a_hub_that_is_down_is_not_needed(hub: FakeHub, tmp_path: Path) -> None:
+    """What was fetched is taken, as huggingface_hub takes it; a revision that is gone is told."""
+    convert(job(HEAD, tmp_path / "a.gguf"))
+    hub.tokens = {"another"}
+    convert(job(HEAD, tmp_path / "b.gguf"))
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+
+
 def test_jobs_name_repositories(hub: FakeHub, tmp_path: Path) -> None:
     """Looked at first, then made in processes of their own, then up to date without a word to the hub's storage."""
     (tmp_path / "jobs.toml").write_text(
