@@ -17,6 +17,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 from urllib.parse import quote
 
@@ -100,8 +101,7 @@ def repository_of(place: str | Path) -> Repository | None:
         return None
     if found.folder and os.path.lexists(found.id.partition("/")[0]):
         return None
-    parts = (*found.folder.split("/"), *found.gguf.split("/"))
-    return None if {".", ".."} & set(parts) or not text.isprintable() else found
+    return found if all(_is_below(part) for part in (found.folder, found.gguf) if part) else None
 
 
 def contents(repository: Repository) -> Contents:
@@ -120,11 +120,18 @@ def contents(repository: Repository) -> Contents:
         if known is None:
             raise
         return Contents(repository, known[0], tuple(known[1]))
-    commit, files = str(info.sha), tuple(sibling.rfilename for sibling in info.siblings or ())
-    partial_file = remembered.with_suffix(f".{os.getpid()}")
-    partial_file.write_text(json.dumps({"commit": commit, "files": files}), encoding="utf-8")
-    partial_file.replace(remembered)
+    commit, files = str(info.sha), tuple(one.rfilename for one in info.siblings or () if _is_below(one.rfilename))
+    if re.fullmatch("[0-9a-f]{40}", commit) is None:
+        raise WrongInput(f"{repository}: the hub gave {commit!r} for its commit, expected 40 hexadecimal digits")
+    with NamedTemporaryFile("w", dir=remembered.parent, encoding="utf-8", delete=False) as file:
+        json.dump({"commit": commit, "files": files}, file)
+    Path(file.name).replace(remembered)
     return Contents(repository, commit, files)
+
+
+def _is_below(file: str) -> bool:
+    """Whether a name that a server gave can only lie below a folder (R7)."""
+    return not {"", ".", ".."} & set(file.split("/")) and "\\" not in file and file.isprintable()
 
 
 def _remembered(path: Path) -> tuple[str, list[str]] | None:

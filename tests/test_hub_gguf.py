@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import fake_llama_server
 import numpy as np
@@ -149,6 +150,21 @@ def test_the_only_one_is_taken(gguf_hub: FakeHub, ggufs: dict[str, Path]) -> Non
     path = fetch_whole(Path("org/one@main"))
     assert path.read_bytes() == (ggufs["org/one"] / "dflash-Q8_0.gguf").read_bytes()
     assert f"/models--org--one/snapshots/{COMMIT}/" in str(path) and not has_holes(path)
+
+
+@pytest.mark.parametrize("name", ["../../evil.gguf", "/evil.gguf", "a//evil.gguf", "a\\..\\evil.gguf", "evil\n.gguf"])
+def test_a_server_cannot_name_a_place_outside(hub: FakeHub, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    told = SimpleNamespace(sha=COMMIT, siblings=[SimpleNamespace(rfilename=name)])
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda self, *_, **__: told)
+    with pytest.raises(WrongInput, match="org/pair: found no GGUF, expected one; there is nothing"):
+        fetch_header(Path("org/pair"))
+
+
+def test_a_commit_is_forty_digits(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = SimpleNamespace(sha="../../x", siblings=[])
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda self, *_, **__: told)
+    with pytest.raises(WrongInput, match=r"the hub gave '\.\./\.\./x' for its commit"):
+        fetch_header(Path("org/pair"))
 
 
 def test_a_model_in_parts_is_refused_before_it_is_fetched(gguf_hub: FakeHub, tmp_path: Path) -> None:
