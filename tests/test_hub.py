@@ -22,10 +22,11 @@ from mtp_checkpoints import job, small
 from published import PAIR
 from safetensors.numpy import load_file, save_file
 
-from convert_drafter.converters import ConvertJob, WrongInput, convert, doctor, inspect
+from convert_drafter.converters import ConvertJob, WrongInput, WrongUsage, convert, doctor, inspect
 from convert_drafter.converters.card import making_command, read_card
 from convert_drafter.converters.checkpoint import open_checkpoint, read_rows
 from convert_drafter.converters.cli import main
+from convert_drafter.converters.destination import refuse_overwriting
 from convert_drafter.converters.drafters import needed
 from convert_drafter.converters.excerpt import plan_excerpt, read_remote_header, write_excerpt
 from convert_drafter.converters.gguf_read import read_gguf
@@ -230,11 +231,11 @@ def test_a_hub_that_stays_busy_is_given_up(hub: FakeHub) -> None:
 
 def test_a_server_that_falls_silent_is_asked_again(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing comes and nobody hangs up: huggingface_hub's time limit, which range reads have as well."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
-    hub.break_after, hub.breaks, hub.stall = 40_000, 2, 2
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 1)
+    hub.break_after, hub.breaks, hub.stall = 40_000, 2, 30
     started = time.monotonic()
     assert len(open_checkpoint(fetch(HEAD, Part.DRAFTER, needed)).tensors) == 18
-    assert hub.breaks == 0 and time.monotonic() - started < hub.stall
+    assert hub.breaks == 0 and time.monotonic() - started < hub.stall / 2
 
 
 def test_a_server_without_ranges_is_told(hub: FakeHub) -> None:
@@ -372,6 +373,15 @@ def test_a_hub_that_is_down_is_not_needed(hub: FakeHub, tmp_path: Path) -> None:
     hub.tokens = {"another"}
     convert(job(HEAD, tmp_path / "b.gguf"))
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+
+
+def test_a_result_may_be_replaced_where_a_source_is_on_the_hub(hub: FakeHub, tmp_path: Path) -> None:
+    out = tmp_path / "o.gguf"
+    out.write_bytes(b"an old one")
+    refuse_overwriting(out, [Path("org/drafter"), Path("org/one:Q8_0")])
+    convert(ConvertJob(Path("org/drafter"), Path("org/pair"), "llama.cpp", "Q8_0", out))
+    with pytest.raises(WrongUsage, match="is the same file as the source"):
+        refuse_overwriting(out, [Path("org/drafter"), out])
 
 
 def test_jobs_name_repositories(hub: FakeHub, tmp_path: Path) -> None:
