@@ -107,12 +107,13 @@ def repository_of(place: str | Path) -> Repository | None:
 def contents(repository: Repository) -> Contents:
     """What is in it at its revision; where the hub cannot be asked or refuses, what it said the last time."""
     import httpx2
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RevisionNotFoundError
 
     remembered = assets(repository, "contents") / f"{quote(repository.revision or 'main', safe='')}.json"
     try:
-        info = HfApi().model_info(repository.id, revision=repository.revision)
+        patience = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        info = HfApi().model_info(repository.id, revision=repository.revision, timeout=patience)
     except RevisionNotFoundError:
         raise
     except (OfflineModeIsEnabled, HfHubHTTPError, httpx2.ConnectError, httpx2.TimeoutException):
