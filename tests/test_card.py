@@ -221,6 +221,18 @@ def test_an_upload_that_fails_is_one_line(
     assert not hub.uploads.committed
 
 
+def test_a_storage_that_refuses_by_xet_is_one_line(
+    hub: FakeHub, files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library's other way up, which ends in exceptions of its own; this hub gives it no token."""
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
+    card = read_card(files[:1])
+    with pytest.raises(WrongInput, match=r"--push me/tiny: .*404.*; `hf auth login` or HF_TOKEN with the right"):
+        push(card, card_text(card), "me/tiny")
+    assert not hub.uploads.committed
+
+
 def test_the_page_cannot_have_another_sum_than_its_file(hub: FakeHub, files: list[Path], tmp_path: Path) -> None:
     """A file that changed after it was hashed is not committed."""
     path = tmp_path / "a-Q8_0.gguf"
