@@ -15,6 +15,7 @@ from convert_drafter.converters.spec_parts import (
     Convolution,
     DeltaAttention,
     Experts,
+    HyperConnections,
     Indexer,
     LatentAttention,
     LinearAttention,
@@ -80,6 +81,7 @@ class DrafterSpec:
     experts: Experts | None = None
     trunk: Trunk | None = None
     state_space: StateSpace | None = None
+    hyper_connections: HyperConnections | None = None
     layer_norm_epsilon: float | None = None  # of norms that take the mean away first; norm_epsilon is the same then
 
     @property
@@ -189,7 +191,7 @@ _POSITIVE = (
     "linear_attention.value_head_count", "linear_attention.value_head_dim",
     "latent_attention.query_rank", "latent_attention.kv_rank", "latent_attention.value_head_dim",
     "delta_attention.kernel_size", "delta_attention.head_dim",
-    "indexer.head_count", "indexer.head_dim", "indexer.top_k",
+    "indexer.head_count", "indexer.head_dim", "indexer.top_k", "hyper_connections.rank",
     "experts.latent_size",
     "experts.count", "experts.used", "experts.shared_feed_forward_size", "experts.groups", "experts.groups_used",
     "trunk.feed_forward_size", "trunk.window_size", "layer_norm_epsilon", "value_head_dim",
@@ -219,6 +221,7 @@ _NESTED: dict[str, type] = {
     "trunk.experts": Experts,
     "trunk.llama3": Llama3Bands,
     "state_space": StateSpace,
+    "hyper_connections": HyperConnections,
 }
 
 
@@ -281,6 +284,7 @@ __all__ = [
     "DeltaAttention",
     "DrafterSpec",
     "Experts",
+    "HyperConnections",
     "Indexer",
     "LatentAttention",
     "LinearAttention",
