@@ -154,12 +154,18 @@ class DrafterSpec:
                 self.latent_attention is None or self.rope.dimensions < self.head_dim,
                 f"below head_dim {self.head_dim}: a part of each key is not rotated",
             ),
+            ("indexer.head_dim", self._fits_indexer(), f"at least the {self.rope.dimensions} rotated dimensions"),
             ("context_theta", self.context_theta is None or self.context_theta > 0, "a theta above 0"),
             ("sliding.head_dim", self.sliding is None or self.window is not None, "none where no layer slides"),
             ("draft_vocab_size", (self.draft_vocab_size or 1) <= self.vocab_size, f"at most {self.vocab_size}"),
             ("convolution.group_size", self.hidden_size % group == 0, f"a divisor of hidden_size {self.hidden_size}"),
             *self._lengths(),
         ]
+
+    def _fits_indexer(self) -> bool:
+        """Where an indexer has heads like the others, as many of their dimensions are rotated (Qwen4Exp)."""
+        own = self.indexer
+        return own is None or own.pool_size is None or self.rope.dimensions <= own.head_dim
 
     def _lengths(self) -> Iterator[tuple[str, bool, str]]:
         """The same of lists with an entry for each layer, the drafter's or its target's."""

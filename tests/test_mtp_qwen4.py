@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from mtp_checkpoints import DELETE, job, part_experts, planned, reconfigure, without
 from planted_faults import Draft, Edit
+from published import published_config
 from safetensors.numpy import load_file
 from test_dialects import keys_of
+from test_kind_diagnosis import that_mend, view_of
 from test_mtp import refusal
 from test_mtp_dialect import SPEC, of_kind
 
@@ -25,6 +27,8 @@ from convert_drafter.converters.errors import BadFact, WrongInput
 from convert_drafter.converters.gguf_read import read_gguf
 from convert_drafter.converters.spec import HyperConnections, Indexer, spec_from
 from convert_drafter.converters.verdict import Outcome
+from convert_drafter.converters.verify.diagnosis.explanations import explanations
+from convert_drafter.converters.verify.diagnosis.view import Hints
 
 DEPTH = 4
 BLOCK = f"blk.{DEPTH}."
@@ -78,6 +82,11 @@ def test_matrices_are_joined_and_parted_as_llama_cpp_wants_them(source: Path, fi
 
 def test_nothing_of_the_config_is_left_unread(source: Path) -> None:
     assert planned(source).warnings == ()
+
+
+def test_the_fixture_counts_as_the_published_config_does() -> None:
+    text, own = published_config("unknown__qwen4_exp")["text_config"], make_mtp_qwen4.qwen4_config()
+    assert text == {key: own[key] for key in text}
 
 
 def as_released(folder: Path) -> Path:
@@ -145,7 +154,7 @@ def test_the_types_of_layers_come_from_a_list_or_an_interval(source: Path, tmp_p
         ({"indexer_compress_ratio": 1}, "indexer_compress_ratio: found 1, expected at least 2 positions"),
         ({"indexer_compress_ratio": 5}, "indexer_budget: found 32, expected a multiple of the 5 chosen together"),
         ({"indexer_kv_heads": 2}, "indexer_kv_heads: found 2, expected 1"),
-        ({"indexer_head_dim": 8, "rope_parameters__partial_rotary_factor": 0.5}, "indexer.head_dim: llama.cpp rotates"),
+        ({"indexer_head_dim": 8}, "indexer_head_dim: found 8, expected at least the 16 rotated dimensions"),
         ({"norm_topk_prob": False}, "norm_topk_prob: found False, expected True"),
         ({"output_gate_type": "silu"}, "output_gate_type: found 'silu', expected 'sigmoid'"),
         ({"attention_bias": True}, "attention_bias: found True"),
@@ -265,6 +274,16 @@ def test_planted_faults_are_found(source: Path, file: Path, tmp_path: Path, name
     (gate, *_) = doctor(draft.write(tmp_path / "bad.gguf"), source, source)
     assert gate.outcome is Outcome.FAIL
     assert any(says in line for line in gate.details), gate.details
+
+
+def test_norms_without_their_one_are_named(file: Path, tmp_path: Path) -> None:
+    """P-42: those of the streams and of the indexer as well."""
+    draft = Draft.of(file)
+    for name in [name for name in draft.tensors if name.endswith("norm.weight")]:
+        draft.put(name, draft.weights(name) - 1)
+    bad, right = view_of(draft.write(tmp_path / "bad.gguf")), view_of(file)
+    (found, *_) = that_mend(bad, Hints(), right)
+    assert found.name == "norms: one added"
 
 
 # --- the cell ---
@@ -403,3 +422,18 @@ def test_what_the_indexer_leaves_out_is_heard(layers: tuple[Any, Any, Any]) -> N
             for one in (drafter, other)
         ]
         assert torch.allclose(*rows, atol=1e-4) is alike
+
+
+def test_whatever_a_diagnosis_tries_can_be_run(file: Path, layers: tuple[Any, Any, Any]) -> None:
+    """Also other widths of what is rotated, which the indexer's heads may not have."""
+    from convert_drafter.converters.verify.in_torch.weights import reference
+
+    _, target, _ = layers
+    view, tokens = view_of(file), list(range(7, 7 + COUNT))
+    states = target.write(tokens, 1, [DEPTH - 1])[1][DEPTH - 1]
+    tried = [explanation.view for explanation in explanations(view, Hints(1e6, (7, 9), view))]
+    assert {other.spec.rope.dimensions for other in tried} == {8, 16}
+    for other in tried:
+        drafter = reference(other.spec, other.weights)
+        context = drafter.read(None, states, tokens, target.tables)
+        assert drafter.draft(context, 7, 1, target.tables).logits.isfinite().all()

