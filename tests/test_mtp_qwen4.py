@@ -13,7 +13,7 @@ import pytest
 from mtp_checkpoints import DELETE, job, part_experts, planned, reconfigure, without
 from planted_faults import Draft, Edit
 from published import published_config
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from test_dialects import keys_of
 from test_kind_diagnosis import that_mend, view_of
 from test_mtp import refusal
@@ -226,6 +226,17 @@ def test_a_head_that_is_declared_and_absent_is_refused(tmp_path: Path, kept: str
 )
 def test_an_absent_tensor_is_named(tmp_path: Path, gone: str, said: str) -> None:
     assert said in refusal(planned, without(make_mtp_qwen4.random(tmp_path / "t"), gone))
+
+
+@pytest.mark.parametrize(
+    ("other", "found"), [((np.float32, (64, 64)), "F32 [64, 64]"), ((np.float16, (32, 64)), "F16 [32, 64]")]
+)
+def test_halves_of_one_matrix_are_alike(tmp_path: Path, other: tuple[Any, tuple[int, int]], found: str) -> None:
+    made, (kind, shape) = make_mtp_qwen4.random(tmp_path / "t"), other
+    path = made / "model.safetensors"
+    save_file({**load_file(path), "mtp.fc_hidden.weight": np.zeros(shape, kind)}, path)
+    expected = f"found {found} beside BF16 [64, 64] of mtp.fc_embedding.weight, expected two matrices with as many rows"
+    assert f"mtp.fc_hidden.weight: {expected}" in refusal(planned, made)
 
 
 def test_only_the_head_and_what_it_shares_is_read(source: Path) -> None:

@@ -129,10 +129,9 @@ def arranged(headers: Headers, spec: DrafterSpec) -> Headers:
     for name, header in headers.items():
         if BOTH.fullmatch(plain_name(name)) and spec.indexer is not None:
             del found[name]
-            rows = spec.indexer.head_count * spec.indexer.head_dim
-            for part in (Part(header, 0, min(rows, header.rows)), Part(header, min(rows, header.rows), header.rows)):
-                which = name + (QUERIES if part.start == 0 else KEY)
-                found[which] = below(which, [part])
+            end = min(spec.indexer.head_count * spec.indexer.head_dim, header.rows)
+            for which, part in {QUERIES: Part(header, 0, end), KEY: Part(header, end, header.rows)}.items():
+                found[name + which] = below(name + which, [part])
     return joined(found)
 
 
