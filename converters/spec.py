@@ -15,6 +15,7 @@ from convert_drafter.converters.spec_parts import (
     Convolution,
     DeltaAttention,
     Experts,
+    HyperConnections,
     Indexer,
     LatentAttention,
     LinearAttention,
@@ -80,6 +81,7 @@ class DrafterSpec:
     experts: Experts | None = None
     trunk: Trunk | None = None
     state_space: StateSpace | None = None
+    hyper_connections: HyperConnections | None = None
     layer_norm_epsilon: float | None = None  # of norms that take the mean away first; norm_epsilon is the same then
 
     @property
@@ -152,12 +154,18 @@ class DrafterSpec:
                 self.latent_attention is None or self.rope.dimensions < self.head_dim,
                 f"below head_dim {self.head_dim}: a part of each key is not rotated",
             ),
+            ("indexer.head_dim", self._fits_indexer(), f"at least the {self.rope.dimensions} rotated dimensions"),
             ("context_theta", self.context_theta is None or self.context_theta > 0, "a theta above 0"),
             ("sliding.head_dim", self.sliding is None or self.window is not None, "none where no layer slides"),
             ("draft_vocab_size", (self.draft_vocab_size or 1) <= self.vocab_size, f"at most {self.vocab_size}"),
             ("convolution.group_size", self.hidden_size % group == 0, f"a divisor of hidden_size {self.hidden_size}"),
             *self._lengths(),
         ]
+
+    def _fits_indexer(self) -> bool:
+        """Where an indexer has heads like the others, as many of their dimensions are rotated (Qwen4Exp)."""
+        own = self.indexer
+        return own is None or own.pool_size is None or self.rope.dimensions <= own.head_dim
 
     def _lengths(self) -> Iterator[tuple[str, bool, str]]:
         """The same of lists with an entry for each layer, the drafter's or its target's."""
@@ -189,7 +197,7 @@ _POSITIVE = (
     "linear_attention.value_head_count", "linear_attention.value_head_dim",
     "latent_attention.query_rank", "latent_attention.kv_rank", "latent_attention.value_head_dim",
     "delta_attention.kernel_size", "delta_attention.head_dim",
-    "indexer.head_count", "indexer.head_dim", "indexer.top_k",
+    "indexer.head_count", "indexer.head_dim", "indexer.top_k", "hyper_connections.rank",
     "experts.latent_size",
     "experts.count", "experts.used", "experts.shared_feed_forward_size", "experts.groups", "experts.groups_used",
     "trunk.feed_forward_size", "trunk.window_size", "layer_norm_epsilon", "value_head_dim",
@@ -219,6 +227,7 @@ _NESTED: dict[str, type] = {
     "trunk.experts": Experts,
     "trunk.llama3": Llama3Bands,
     "state_space": StateSpace,
+    "hyper_connections": HyperConnections,
 }
 
 
@@ -281,6 +290,7 @@ __all__ = [
     "DeltaAttention",
     "DrafterSpec",
     "Experts",
+    "HyperConnections",
     "Indexer",
     "LatentAttention",
     "LinearAttention",

@@ -14,6 +14,7 @@ _EXPERTS = ("experts.count", "experts.used", "experts.shared_feed_forward_size")
 _LATENT = tuple(f"latent_attention.{name}" for name in ("query_rank", "kv_rank", "value_head_dim"))
 _TRUNK = ("trunk.dense_layer_count", "trunk.feed_forward_size")
 _INDEXER = ("indexer.head_count", "indexer.head_dim", "indexer.top_k")
+_STREAMS = ("hyper_connections.count", "hyper_connections.rank")
 _DELTA = tuple(f"delta_attention.{name}" for name in ("kernel_size", "head_dim", "lower_bound", "layers"))
 _CHOICE = ("experts.scoring", "experts.normed", "experts.scale")
 _SLIDING_TRUNK = frozenset(
@@ -34,6 +35,7 @@ OF_KIND: dict[str, frozenset[str]] = {
     "mtp-qwen35": _LINEAR | {"rope.sections"},
     "mtp-qwen35moe": _LINEAR | {"rope.sections", *_EXPERTS},
     "mtp-qwen3next": _LINEAR.union(_EXPERTS),
+    "mtp-qwen4exp": _LINEAR | {"rope.sections", *_EXPERTS, *_INDEXER, "indexer.pool_size", *_STREAMS},
     "mtp-glm4moe": frozenset({*_EXPERTS, *_CHOICE, *_TRUNK}),
     "mtp-deepseek2": frozenset({*_EXPERTS, *_CHOICE, *_TRUNK, *_LATENT}),
     "mtp-glm-dsa": frozenset({*_EXPERTS, *_CHOICE, *_TRUNK, *_LATENT, *_INDEXER, "indexer.layers"}),
@@ -45,5 +47,6 @@ OF_KIND: dict[str, frozenset[str]] = {
     "mtp-mimo2": _SLIDING | {"value_head_dim"},
     "mtp-bailingmoe3": frozenset({*_EXPERTS, *_CHOICE, *_TRUNK, *_LATENT[1:], *_DELTA}),
 }
-BEFORE_NORM = frozenset({"mtp-step35", "mtp-mimo2"})  # heads that read and hand on states before the final norm
+# Heads that read and hand on states before the final norm, or before several streams are mixed.
+BEFORE_NORM = frozenset({"mtp-step35", "mtp-mimo2", "mtp-qwen4exp"})
 HEADS = frozenset(kind for kind in OF_KIND if kind.startswith("mtp-"))  # their layers are further ones of their target

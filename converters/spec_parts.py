@@ -182,13 +182,37 @@ class Indexer:
     """What chooses the `top_k` positions that a query of sparse attention looks at (DeepSeek-V3.2, arXiv 2512.02556).
 
     `layers` says which of the target's layers choose for themselves, where not all do: the others take over the choice
-    of the layer before.
+    of the layer before. With a `pool_size` so many positions in a row are chosen together, by the mean of their keys
+    (Qwen4Exp).
     """
 
     head_count: int
     head_dim: int
     top_k: int
     layers: tuple[bool, ...] | None = None  # one per layer of the target, True = chooses
+    pool_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.pool_size is not None and self.pool_size < 2:
+            raise BadFact("indexer.pool_size", self.pool_size, "at least 2 positions that are chosen together")
+        if self.pool_size is not None and self.top_k % self.pool_size:
+            raise BadFact("indexer.top_k", self.top_k, f"a multiple of the {self.pool_size} chosen together")
+
+
+@dataclass(frozen=True)
+class HyperConnections:
+    """Several streams in place of one residual (arXiv 2409.19606), as Qwen4Exp mixes them: a layer reads one mixture of
+    all of them, gated through a state of `rank`, and gives to each its own share.
+
+    A state is as wide as all streams side by side.
+    """
+
+    count: int
+    rank: int
+
+    def __post_init__(self) -> None:
+        if self.count < 2:
+            raise BadFact("hyper_connections.count", self.count, "at least 2 streams")
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from convert_drafter.converters.dialects import (
     llama_cpp_mtp_hunyuan,
     llama_cpp_mtp_latent,
     llama_cpp_mtp_nemotron,
+    llama_cpp_mtp_qwen4,
     llama_cpp_mtp_swa,
     lucebox,
 )
@@ -38,6 +39,7 @@ CELLS: dict[tuple[str, str], Cell] = {
         *llama_cpp_mtp_swa.CELLS,
         *llama_cpp_mtp_bailing.CELLS,
         *llama_cpp_mtp_nemotron.CELLS,
+        *llama_cpp_mtp_qwen4.CELLS,
     )
 }
 RUNTIMES: tuple[str, ...] = tuple(dict.fromkeys(runtime for _, runtime in CELLS))

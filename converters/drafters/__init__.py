@@ -21,6 +21,7 @@ from convert_drafter.converters.drafters import (
     mtp_mimo,
     mtp_nemotron,
     mtp_qwen,
+    mtp_qwen4,
     mtp_step,
 )
 from convert_drafter.converters.drafters.dflash import DFLASH
@@ -36,6 +37,7 @@ from convert_drafter.converters.plan import TensorRule
 
 HEADS = (
     *mtp_qwen.FAMILIES,
+    *mtp_qwen4.FAMILIES,
     *mtp_glm.FAMILIES,
     *mtp_latent.FAMILIES,
     *mtp_bailing.FAMILIES,

@@ -28,6 +28,7 @@ NUMBER = re.compile(r"layers\.(\d{1,9})\.")
 # of the target, and in the head's own file
 SHARED = re.compile(r"((word_)?embed(ding|_token)s|embeddings|norm(_f)?|lm_head)\.")
 COUNT, APPENDED_COUNT = "mtp_num_hidden_layers", "num_nextn_predict_layers"
+NESTED_COUNT = "mtp.num_hidden_layers"  # Qwen4Exp counts twice
 
 # Other targets with a head, by the class or model type in their config, and why it is not converted.
 NO_RUNTIME, NOT_YET = "no runtime loads it", "not converted yet"
@@ -84,7 +85,7 @@ def needed(names: Collection[str]) -> Collection[str]:
 
 def declared(reader: ConfigReader) -> int | None:
     """How many layers of a head the config counts; None where it does not say."""
-    return reader.find("layer_count", int, COUNT, APPENDED_COUNT)
+    return reader.find("layer_count", int, COUNT, APPENDED_COUNT, NESTED_COUNT)
 
 
 def find_family(reader: ConfigReader, architectures: Iterable[str], families: Iterable[Kind]) -> Kind:
@@ -239,12 +240,15 @@ def is_tied(reader: ConfigReader) -> bool:
     return reader.find("head", bool, "tie_word_embeddings") is True
 
 
-def shared_rules(reader: ConfigReader, norm: Op = COPY, embedding: str = "embed_tokens") -> tuple[TensorRule, ...]:
-    """What a runtime needs of the target to load the head alone; Bailing calls its `embedding` otherwise."""
+def shared_rules(
+    reader: ConfigReader, norm: Op | None = COPY, embedding: str = "embed_tokens"
+) -> tuple[TensorRule, ...]:
+    """What a runtime needs of the target to load the head alone; Bailing calls its `embedding` otherwise, and Qwen4Exp
+    has no `norm`."""
     no_head = not reader.raw or is_tied(reader)  # of a config nobody gave nothing is known
     return (
         TensorRule(f"{embedding}.weight", Role.TOKEN_EMBEDDING, ("vocab", "hidden")),
-        TensorRule("norm.weight", Role.OUTPUT_NORM, ("hidden",), norm),
+        *([] if norm is None else [TensorRule("norm.weight", Role.OUTPUT_NORM, ("hidden",), norm)]),
         TensorRule("lm_head.weight", Role.OUTPUT, ("vocab", "hidden"), optional=no_head),
     )
 

@@ -84,8 +84,9 @@ SHARED_NAMES = {
     Role.ROPE_FACTORS: "rope_factors",
 }
 # What follows from a kind alone.
-PACKED_GATES = frozenset({"mtp-qwen35", "mtp-qwen35moe", "mtp-qwen3next"})  # in the query projection
-KeysValues = tuple[Tensor, Tensor]  # keys, turned by their positions, and values, both (..., m, T, d)
+PACKED_GATES = frozenset({"mtp-qwen35", "mtp-qwen35moe", "mtp-qwen3next", "mtp-qwen4exp"})  # in the query projection
+# Keys, turned by their positions, and values, both (..., m, T, d); and what else a kind keeps of T positions.
+KeysValues = tuple[Tensor, ...]
 
 
 def norm_of(spec: DrafterSpec) -> nn.Module:
@@ -129,7 +130,8 @@ class Attention(nn.Module):
         if self.gated:
             q, gate = q.chunk(2, dim=-1)
         q = self.rope(self.q_norm(q), at)
-        o = F.scaled_dot_product_attention(q, *every, attn_mask=visible, enable_gqa=True)
+        keys, values = every
+        o = F.scaled_dot_product_attention(q, keys, values, attn_mask=visible, enable_gqa=True)
         o = o if gate is None else o * gate.sigmoid()
         out: Tensor = self.o_proj(o.transpose(-2, -3).flatten(-2))  # (..., S, H)
         return out
@@ -201,8 +203,7 @@ class Head(nn.Module):
 
 
 def extended(before: KeysValues, more: KeysValues) -> KeysValues:
-    keys, values = (torch.cat([old, new], dim=-2) for old, new in zip(before, more, strict=True))
-    return keys, values
+    return tuple(torch.cat([old, new], dim=-2) for old, new in zip(before, more, strict=True))
 
 
 def shifted(states: Tensor, first: Tensor | None = None) -> Tensor:
@@ -288,9 +289,10 @@ class Mtp(nn.Module):
         embedded = embedding[list(tokens[start : start + len(captured)])].to(captured.dtype)
         before = None if context is None else context.states[-1:]
         new = self.head.keys_values(embedded, shifted(captured, before), at)
-        if context is None:
-            return Context(*new, captured)
-        return Context(*extended(context[:2], new), torch.cat([context.states, captured]))
+        if context is not None:
+            new, captured = extended(context[:2], new), torch.cat([context.states, captured])
+        keys, values = new
+        return Context(keys, values, captured)
 
     def until(self, context: Context, length: int) -> Context:
         keys, values, states = context

@@ -148,7 +148,7 @@ class MtpChain(Mtp):
         return ChainContext(grown, torch.cat([context.states, captured]))
 
     def until(self, context: ChainContext, length: int) -> ChainContext:  # type: ignore[override]
-        heads = tuple((keys[..., :length, :], values[..., :length, :]) for keys, values in context.heads)
+        heads = tuple(tuple(part[..., :length, :] for part in known) for known in context.heads)
         return ChainContext(heads, context.states[:length])
 
     @torch.no_grad()
