@@ -7,7 +7,7 @@ from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
 
 from convert_drafter.converters.errors import BadFact
-from convert_drafter.converters.spec_kinds import BEFORE_NORM, HEADS, MAMBA, OF_KIND
+from convert_drafter.converters.spec_kinds import BEFORE_NORM, HEADS, MAMBA, OF_KIND, STREAMED
 from convert_drafter.converters.spec_parts import (
     MROPE_SECTIONS,
     NO_ROPE,
@@ -28,6 +28,7 @@ from convert_drafter.converters.spec_parts import (
     Trunk,
     yarn_attention,
 )
+from convert_drafter.converters.spec_streams import Compression, SharedKey, Streams
 
 MAX_VOCAB = 2**24
 
@@ -77,6 +78,9 @@ class DrafterSpec:
     latent_attention: LatentAttention | None = None
     indexer: Indexer | None = None
     delta_attention: DeltaAttention | None = None
+    shared_key: SharedKey | None = None
+    streams: Streams | None = None
+    compression: Compression | None = None
     experts: Experts | None = None
     trunk: Trunk | None = None
     state_space: StateSpace | None = None
@@ -134,6 +138,8 @@ class DrafterSpec:
     def _contradictions(self) -> list[tuple[str, bool, str]]:
         """(field, holds, expected) for every rule that one config can break."""
         layers, depth, block, mask = self.capture_layers, self.target_layer_count, self.block_size, self.mask_token_id
+        parts = 1 if self.shared_key is None else self.shared_key.output_groups
+        hashed = 0 if self.trunk is None else self.trunk.hash_layer_count or 0
         group = 1 if self.convolution is None else self.convolution.group_size
         return [
             ("kv_head_count", self.head_count % self.kv_head_count == 0, f"a divisor of head_count {self.head_count}"),
@@ -152,6 +158,8 @@ class DrafterSpec:
                 self.latent_attention is None or self.rope.dimensions < self.head_dim,
                 f"below head_dim {self.head_dim}: a part of each key is not rotated",
             ),
+            ("shared_key.output_groups", self.head_count % parts == 0, f"a divisor of head_count {self.head_count}"),
+            ("trunk.hash_layer_count", hashed <= depth, f"at most the target's depth {depth}"),
             ("context_theta", self.context_theta is None or self.context_theta > 0, "a theta above 0"),
             ("sliding.head_dim", self.sliding is None or self.window is not None, "none where no layer slides"),
             ("draft_vocab_size", (self.draft_vocab_size or 1) <= self.vocab_size, f"at most {self.vocab_size}"),
@@ -174,7 +182,7 @@ class DrafterSpec:
 
 
 CHAIN_LENGTH = 3
-_OF_TARGET_LAYERS = ("linear_attention.layers", "delta_attention.layers", "indexer.layers")  # lists
+_OF_TARGET_LAYERS = ("linear_attention.layers", "delta_attention.layers", "indexer.layers", "compression.ratios")
 OF_EACH_LAYER = (
     *("sliding_layers", "attention_layers", "mixture_layers", "head_counts", "kv_head_counts"),
     *("expert_clamps", "shared_clamps"),
@@ -190,7 +198,9 @@ _POSITIVE = (
     "latent_attention.query_rank", "latent_attention.kv_rank", "latent_attention.value_head_dim",
     "delta_attention.kernel_size", "delta_attention.head_dim",
     "indexer.head_count", "indexer.head_dim", "indexer.top_k",
-    "experts.latent_size",
+    "shared_key.query_rank", "shared_key.output_groups", "shared_key.output_rank",
+    "streams.count", "streams.iterations", "streams.epsilon", "compression.theta",
+    "experts.latent_size", "experts.limit",
     "experts.count", "experts.used", "experts.shared_feed_forward_size", "experts.groups", "experts.groups_used",
     "trunk.feed_forward_size", "trunk.window_size", "layer_norm_epsilon", "value_head_dim",
     "trunk.rope_theta", "trunk.expert_feed_forward_size", "trunk.experts.count", "trunk.experts.used",
@@ -214,6 +224,10 @@ _NESTED: dict[str, type] = {
     "latent_attention": LatentAttention,
     "indexer": Indexer,
     "delta_attention": DeltaAttention,
+    "shared_key": SharedKey,
+    "streams": Streams,
+    "compression": Compression,
+    "compression.scaling": RopeScaling,
     "experts": Experts,
     "trunk": Trunk,
     "trunk.experts": Experts,
@@ -277,6 +291,8 @@ __all__ = [
     "NO_ROPE",
     "OF_KIND",
     "PAPER",
+    "STREAMED",
+    "Compression",
     "Convolution",
     "DeltaAttention",
     "DrafterSpec",
@@ -288,9 +304,11 @@ __all__ = [
     "Rope",
     "RopeScaling",
     "Selector",
+    "SharedKey",
     "SlidingLayers",
     "SlidingWindow",
     "StateSpace",
+    "Streams",
     "Trunk",
     "facts_of",
     "required",

@@ -16,10 +16,13 @@ _TRUNK = ("trunk.dense_layer_count", "trunk.feed_forward_size")
 _INDEXER = ("indexer.head_count", "indexer.head_dim", "indexer.top_k")
 _DELTA = tuple(f"delta_attention.{name}" for name in ("kernel_size", "head_dim", "lower_bound", "layers"))
 _CHOICE = ("experts.scoring", "experts.normed", "experts.scale")
+_STREAMS = tuple(f"streams.{name}" for name in ("count", "iterations", "epsilon"))
+_SHARED_KEY = tuple(f"shared_key.{name}" for name in ("query_rank", "output_groups", "output_rank"))
+_WINDOW = ("window.size", "window.layers")
 _SLIDING_TRUNK = frozenset(
     f"trunk.{name}" for name in ("dense_layer_count", "feed_forward_size", "window_size", "sliding_layers")
 )
-_SLIDING = frozenset({"window.size", "window.layers"}.union(
+_SLIDING = frozenset(set(_WINDOW).union(
     f"trunk.{name}"
     for name in ("sliding_layers", "kv_head_counts", "rope_theta", "experts.count", "expert_feed_forward_size")
 ))  # fmt: skip
@@ -44,6 +47,11 @@ OF_KIND: dict[str, frozenset[str]] = {
     "mtp-step35": _SLIDING | {"trunk.head_counts"},
     "mtp-mimo2": _SLIDING | {"value_head_dim"},
     "mtp-bailingmoe3": frozenset({*_EXPERTS, *_CHOICE, *_TRUNK, *_LATENT[1:], *_DELTA}),
+    "mtp-deepseek4": frozenset(
+        {*_EXPERTS, *_CHOICE, "experts.limit", *_INDEXER, *_STREAMS, *_SHARED_KEY, *_WINDOW}
+        | {"compression.ratios", "compression.theta", "trunk.hash_layer_count"}
+    ),
 }
 BEFORE_NORM = frozenset({"mtp-step35", "mtp-mimo2"})  # heads that read and hand on states before the final norm
+STREAMED = frozenset({"mtp-deepseek4"})  # heads that read and hand on all streams of a state, before they are one
 HEADS = frozenset(kind for kind in OF_KIND if kind.startswith("mtp-"))  # their layers are further ones of their target

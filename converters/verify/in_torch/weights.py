@@ -17,13 +17,14 @@ from convert_drafter.converters.drafter_file import DrafterFile, read_drafter_fi
 from convert_drafter.converters.drafters import rules_of
 from convert_drafter.converters.errors import Problems
 from convert_drafter.converters.roles import Role, TensorKey
-from convert_drafter.converters.spec import BEFORE_NORM, HEADS, DrafterSpec
+from convert_drafter.converters.spec import BEFORE_NORM, HEADS, STREAMED, DrafterSpec
 from convert_drafter.converters.target import Target
 from convert_drafter.converters.verify.in_torch.reference.dflash import DFlash
 from convert_drafter.converters.verify.in_torch.reference.eagle3 import Eagle3
 from convert_drafter.converters.verify.in_torch.reference.gemma4_assistant import Gemma4Assistant
 from convert_drafter.converters.verify.in_torch.reference.mtp import Mtp
 from convert_drafter.converters.verify.in_torch.reference.mtp_chain import MtpChain
+from convert_drafter.converters.verify.in_torch.reference.mtp_streams import MtpStreams
 from convert_drafter.quant import STORED, dequantize
 
 Weights = dict[TensorKey, NDArray[np.float32]]
@@ -67,7 +68,8 @@ def parameter_names(spec: DrafterSpec) -> dict[TensorKey, str]:
     """Canonical key -> parameter of the reference, which carries the checkpoint's names (the first of several), but for
     MTP heads, of which each family has names of its own."""
     if spec.kind in HEADS:
-        return Mtp.parameter_names(spec)
+        heads = MtpStreams if spec.kind in STREAMED else Mtp
+        return heads.parameter_names(spec)
     rules = reversed(rules_of(spec.kind))
     return {key: rule.source_name(key, spec) for rule in rules for key in rule.keys(spec)}
 
@@ -76,8 +78,9 @@ REFERENCES: Mapping[str, Callable[[DrafterSpec, Collection[Role]], nn.Module]] =
     **dict.fromkeys(("dflash", "dflash2", "dspark"), DFlash),
     "eagle3": Eagle3,
     "gemma4-assistant": Gemma4Assistant,
-    **dict.fromkeys(HEADS - BEFORE_NORM, Mtp),
+    **dict.fromkeys(HEADS - BEFORE_NORM - STREAMED, Mtp),
     **dict.fromkeys(BEFORE_NORM, MtpChain),
+    **dict.fromkeys(STREAMED, MtpStreams),
 }
 
 

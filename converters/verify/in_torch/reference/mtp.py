@@ -278,6 +278,11 @@ class Mtp(nn.Module):
         out = over_head(state, head)
         return out if self.spec.logit_scale is None else out * self.spec.logit_scale
 
+    def visible(self, at: Tensor, length: int) -> Tensor:
+        """(S, length) True where queries at positions (S,) may look: backwards, and not beyond a window."""
+        back = at[:, None] - torch.arange(length, device=at.device)
+        return back >= 0 if self.spec.window is None else (back >= 0) & (back < self.spec.window.size)
+
     # --- ReferenceDrafter ---
 
     def read(self, context: Context | None, captured: Tensor, tokens: Sequence[int], tables: Tables) -> Context:
@@ -307,8 +312,8 @@ class Mtp(nn.Module):
         for _ in range(count):
             length = known[0].shape[-2]
             at = torch.tensor([length], device=state.device)
-            visible = torch.ones(1, length + 1, dtype=torch.bool, device=state.device)
-            state, known = self(embedding[[token]].to(state.dtype), state, at, known, visible)
+            embedded = embedding[[token]].to(state.dtype)
+            state, known = self(embedded, state, at, known, self.visible(at, length + 1))
             rows.append(self.logits(state[0], head))
             tokens.append(rows[-1].argmax())
             token = followed(tokens, follow)
