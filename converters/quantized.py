@@ -153,7 +153,7 @@ def _scheme(stem: str, schemes: list[Scheme], raw: Mapping[str, TensorHeader]) -
     scaled = [scheme for scheme in schemes if stem + scheme.scale in raw]
     if not scaled:
         names = " or ".join(dict.fromkeys(stem + scheme.scale for scheme in schemes))
-        if f"{stem.removesuffix('.weight')}{LONG_SCALE}" in names:
+        if names == f"{stem.removesuffix('.weight')}{LONG_SCALE}":
             names += f" or {stem.removesuffix('.weight')}.scale"
         raise WrongInput(f"{codes.name} ({codes.dtype}): missing {names}, its scale")
     typed = [scheme for scheme in scaled if raw[stem + scheme.scale].dtype in scheme.scale_dtypes]

@@ -34,9 +34,11 @@ from convert_drafter.converters.spec import (
     Streams,
     Trunk,
 )
+from convert_drafter.converters.type_choice import TypeOptions
 from convert_drafter.converters.verdict import Outcome
 
 DEPTH, HIDDEN = 3, 64
+LAYER = f"blk.{DEPTH}."
 CELL = CELLS["mtp-deepseek4", "llama.cpp"]
 
 
@@ -296,6 +298,18 @@ def test_four_bits_stay_what_they_are_as_mxfp4(good: Path, source: Path, tmp_pat
         np.testing.assert_array_equal(draft.weights(name), exact.weights(name))
 
 
+def test_the_mixing_of_streams_is_kept_in_a_drafter_s_recipe(plain: Path) -> None:
+    """At 8 bits, or at what the user says of all of it."""
+    mixing = {f"{LAYER}hc_attn_fn.weight", f"{LAYER}hc_ffn_fn.weight", "output_hc_fn.weight"}
+
+    def types(**options: Any) -> set[str]:
+        tensors = planned(plain, **options).plan.tensors
+        return {tensor.choice.type.name for tensor in tensors if tensor.name in mixing}
+
+    assert types(recipe="Q4_K_M") == {"Q4_K"} and types(recipe="Q4_K_M-drafter") == {"Q8_0"}
+    assert types(recipe="Q4_K_M", options=TypeOptions(tensor_types=(("hc_", "F32"),))) == {"F32"}
+
+
 def spoiled(folder: Path, name: str, start: int, new: bytes) -> Path:
     """Change bytes of one tensor's entry in the file's header, to others of the same length."""
     path = folder / "model.safetensors"
@@ -324,8 +338,6 @@ def test_four_bits_without_powers_of_two_are_refused(tmp_path: Path) -> None:
 
 
 # --- planted faults ---
-
-LAYER = f"blk.{DEPTH}."
 
 
 def exchanged(draft: Draft) -> None:
@@ -380,6 +392,15 @@ def test_planted_faults_are_found(source: Path, good: Path, tmp_path: Path, name
     (gate, *_) = doctor(draft.write(tmp_path / "bad.gguf"), source, source)
     assert gate.outcome is Outcome.FAIL
     assert any(says in line for line in gate.details), gate.details
+
+
+def test_a_router_of_another_type_is_only_told(source: Path, good: Path, tmp_path: Path) -> None:
+    """llama.cpp's own converter leaves this one in BF16, and its server runs it."""
+    draft, name = Draft.of(good), f"{LAYER}ffn_gate_inp.weight"
+    draft.put(name, draft.weights(name), "BF16")
+    (gate, *_) = doctor(draft.write(tmp_path / "router.gguf"), source, source)
+    assert gate.outcome is Outcome.PASS
+    assert any(f"{name}: found BF16: rounded, a router may choose" in line for line in gate.details), gate.details
 
 
 def test_every_tensor_has_a_role_of_its_own(plain: Path) -> None:

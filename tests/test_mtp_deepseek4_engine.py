@@ -14,10 +14,11 @@ from mtp_checkpoints import job
 from test_mtp_engine import DRAFTING, PROMPTS, RECIPES, ask, same_drafts, unlisted
 from test_quantize_engine import assert_same_file, llama_quantize
 
-from convert_drafter.converters import QuantizeJob, convert, quantize
+from convert_drafter.converters import QuantizeJob, convert, doctor, quantize
 from convert_drafter.converters.gguf_file import StoredTensor, write_gguf
 from convert_drafter.converters.gguf_read import GGUFFile, read_gguf
 from convert_drafter.converters.type_choice import TypeOptions
+from convert_drafter.converters.verdict import Outcome
 from convert_drafter.quant import STORED, dequantize
 
 pytestmark = pytest.mark.engine
@@ -100,6 +101,12 @@ def test_in_llama_cpp_s_types_bytes_are_its_bytes(
         else:
             assert ours.tensors[n].type is stored.type
             np.testing.assert_array_equal(ours.tensor_bytes(n), there.tensor_bytes(n), err_msg=n)
+
+
+@by_storage
+def test_doctor_finds_llama_cpp_s_file_right(name: str, sources: dict[str, Path], theirs: Path) -> None:
+    (structure, pairing) = doctor(theirs / f"{name}-F16.gguf", sources[name], sources[name])
+    assert (structure.outcome, pairing.outcome) == (Outcome.PASS, Outcome.PASS), structure.details
 
 
 @pytest.mark.parametrize("prompt", [PROMPTS[0], PROMPTS[9]], ids=["64 tokens", "400 tokens"])
