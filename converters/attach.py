@@ -30,7 +30,7 @@ def prepare_attach(job: ConvertJob) -> Conversion:
     conversion = prepare(job)
     cell, spec = conversion.cell, conversion.published.spec
     if cell.launch_attached is None:
-        raise WrongUsage(f"--attach: a {cell.kind} drafter is a model of its own, expected an MTP head")
+        raise WrongUsage(f"--attach: a {cell.kind} drafter {cell.apart}")
     refuse_overwriting(job.out, [job.attach])
     base = read_gguf(job.attach)
     _check_architecture(base, cell)

@@ -5,14 +5,15 @@ Nothing is read here: rows are put together when they are asked for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import numpy as np
 
-from convert_drafter.converters.checkpoint import Array, TensorHeader, read_rows
-from convert_drafter.converters.errors import WrongInput
+from convert_drafter.converters.checkpoint import Array, Headers, TensorHeader, read_rows
+from convert_drafter.converters.errors import Problems, WrongInput
 from convert_drafter.converters.experts import described
 
 
@@ -63,3 +64,37 @@ def beside(name: str, left: TensorHeader, right: TensorHeader) -> TensorHeader:
 def _unlike(other: TensorHeader, first: TensorHeader, expected: str) -> WrongInput:
     found = f"found {other.dtype} {list(other.shape)} beside {first.dtype} {list(first.shape)} of {first.name}"
     return WrongInput(f"{other.name}: {found}, expected {expected}")
+
+
+END = ".weight"
+
+
+def join_columns(headers: Mapping[str, TensorHeader], first: str, second: str, whole: str) -> Headers:
+    """The same tensors with (out, in + in) `whole` in place of every (out, in) `first` and its `second`.
+
+    All three are names' ends. Raises `Problems` naming one that has not the other, or another shape.
+    """
+    part = re.compile(rf"(.*\.)(?:{first}|{second})\{END}")
+    found: Headers = {}
+    problems: list[str] = []
+    for name, header in headers.items():
+        if (stem := part.fullmatch(name)) is None:
+            found[name] = header
+            continue
+        left, right = (f"{stem[1]}{end}{END}" for end in (first, second))
+        if left not in headers or right not in headers:
+            problems.append(f"{right if name == left else left}: missing, expected beside {name}")
+        elif name == left and not (wrong := _unlike_halves(header, headers[right])):
+            found[f"{stem[1]}{whole}{END}"] = beside(f"{stem[1]}{whole}{END}", header, headers[right])
+        elif name == left:
+            problems += wrong
+    if problems:
+        raise Problems(f"{first} and {second}", problems)
+    return found
+
+
+def _unlike_halves(left: TensorHeader, right: TensorHeader) -> list[str]:
+    if len(right.shape) == 2 and (left.shape, left.dtype) == (right.shape, right.dtype):
+        return []
+    expected = f"expected {left.dtype} {list(left.shape)} as {left.name}"
+    return [f"{right.name}: found {right.dtype} {list(right.shape)}, {expected}"]

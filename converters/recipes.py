@@ -84,6 +84,10 @@ KEPT_IN_DRAFTERS = (
         "MTP head", ("*nextn.*proj*", "*nextn.shared_head_head.*"),
         why="a head at 4 bits had 0-4 % of its tokens accepted where 8 bits had 39-59 %",
     ),
+    Named(
+        "mixing of streams", ("*hc_attn_fn.weight", "*hc_ffn_fn.weight", "output_hc_fn.weight"),
+        why="a few rows that all streams pass through; F32 in the releases and in llama.cpp's converter",
+    ),
 )  # fmt: skip
 LEAST = "Q8_0"
 DRAFTER = "-drafter"  # behind the name of a recipe that keeps them

@@ -16,6 +16,9 @@ class Role(Enum):
     ROPE_FACTORS = "rope_freqs.weight"  # what each rotated pair's frequency is divided by
     TOKEN_EMBEDDING = "token_embd.weight"
     OUTPUT = "output.weight"
+    STREAMS_OUT = "output_hc_fn.weight"  # hyper-connections: what makes one state of all streams, in three parts
+    STREAMS_OUT_BASE = "output_hc_base.weight"
+    STREAMS_OUT_SCALE = "output_hc_scale.weight"
     ATTN_NORM = "blk.{i}.attn_norm.weight"
     ATTN_NORM_2 = "blk.{i}.attn_norm_2.weight"  # of the feature, where ATTN_NORM is of the token's embedding
     ATTN_Q = "blk.{i}.attn_q.weight"
@@ -37,6 +40,12 @@ class Role(Enum):
     ATTN_Q_B = "blk.{i}.attn_q_b.weight"
     ATTN_KV_A = "blk.{i}.attn_kv_a_mqa.weight"  # into the state of keys and values, with the part of keys that rotates
     ATTN_KV_A_NORM = "blk.{i}.attn_kv_a_norm.weight"
+    ATTN_KV = "blk.{i}.attn_kv.weight"  # one key for all heads, which is its own value
+    ATTN_OUTPUT_A = "blk.{i}.attn_output_a.weight"  # out of the heads of each group, and out of all groups
+    ATTN_OUTPUT_B = "blk.{i}.attn_output_b.weight"
+    ATTN_STREAMS = "blk.{i}.hc_attn_fn.weight"  # how streams are mixed around the attention, in three parts
+    ATTN_STREAMS_BASE = "blk.{i}.hc_attn_base.weight"
+    ATTN_STREAMS_SCALE = "blk.{i}.hc_attn_scale.weight"
     ATTN_K_B = "blk.{i}.attn_k_b.weight"  # out of it into each head's keys, transposed: queries go through it
     ATTN_V_B = "blk.{i}.attn_v_b.weight"
     INDEXER_Q_B = "blk.{i}.indexer.attn_q_b.weight"  # what chooses the positions of sparse attention
@@ -54,6 +63,9 @@ class Role(Enum):
     ATTN_QKV = "blk.{i}.attn_qkv.weight"  # queries, keys and values in one
     ATTN_GATE = "blk.{i}.attn_gate.weight"  # a number for each head, which weighs its output
     FFN_NORM = "blk.{i}.ffn_norm.weight"
+    FFN_STREAMS = "blk.{i}.hc_ffn_fn.weight"  # and around the feed-forward
+    FFN_STREAMS_BASE = "blk.{i}.hc_ffn_base.weight"
+    FFN_STREAMS_SCALE = "blk.{i}.hc_ffn_scale.weight"
     FFN_POST_NORM = "blk.{i}.post_ffw_norm.weight"
     LAYER_SCALE = "blk.{i}.layer_output_scale.weight"  # one number
     FFN_GATE = "blk.{i}.ffn_gate.weight"

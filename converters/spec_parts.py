@@ -200,22 +200,6 @@ class Indexer:
 
 
 @dataclass(frozen=True)
-class HyperConnections:
-    """Several streams in place of one residual (arXiv 2409.19606), as Qwen4Exp mixes them: a layer reads one mixture of
-    all of them, gated through a state of `rank`, and gives to each its own share.
-
-    A state is as wide as all streams side by side.
-    """
-
-    count: int
-    rank: int
-
-    def __post_init__(self) -> None:
-        if self.count < 2:
-            raise BadFact("hyper_connections.count", self.count, "at least 2 streams")
-
-
-@dataclass(frozen=True)
 class DeltaAttention:
     """The target's layers of Kimi delta attention (arXiv 2510.26692). A head has none, but its file is loaded as its
     target's.
@@ -234,7 +218,7 @@ class DeltaAttention:
             raise BadFact("delta_attention.lower_bound", self.lower_bound, "a finite number below 0")
 
 
-SCORINGS = ("softmax", "sigmoid")
+SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus")
 
 
 @dataclass(frozen=True)
@@ -244,7 +228,8 @@ class Experts:
     An expert's own width is the drafter's `feed_forward_size`. How experts are chosen and weighed is None where it
     goes without saying for the kind: `scoring` makes scores of a router's outputs, `normed` makes those of the chosen
     experts add up to one, `scale` multiplies them. Only experts in the `groups_used` best of `groups` are chosen. They
-    read and give states of `latent_size`, where that is not the drafter's hidden size.
+    read and give states of `latent_size`, where that is not the drafter's hidden size. What goes into an activation is
+    cut off at `limit`.
     """
 
     count: int
@@ -256,6 +241,7 @@ class Experts:
     groups: int | None = None
     groups_used: int | None = None
     latent_size: int | None = None
+    limit: float | None = None
 
     def __post_init__(self) -> None:
         if self.used > self.count:
@@ -277,7 +263,8 @@ class Trunk:
     each layer: which of them slide (over `window_size` tokens, where that is not the head's own), attend at all or are
     mixtures, how many heads they have, and where a mixture's activations are cut off (0: nowhere), of its experts and
     of the one that is always used. `rope_theta` and `llama3` are of full layers, where the head's slide; `experts` of a
-    mixture that the head has none of, `expert_feed_forward_size` the width of one.
+    mixture that the head has none of, `expert_feed_forward_size` the width of one. In the first `hash_layer_count`
+    layers a token itself says which experts it goes to.
     """
 
     dense_layer_count: int | None = None
@@ -294,6 +281,7 @@ class Trunk:
     expert_feed_forward_size: int | None = None
     expert_clamps: tuple[float, ...] = ()
     shared_clamps: tuple[float, ...] = ()
+    hash_layer_count: int | None = None
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,7 @@ def test_architectures_are_strings() -> None:
     ("tensors", "architecture", "why"),
     [
         pytest.param(MTP, "MTPDraftModel", "not converted yet", id="a speculator"),
-        pytest.param(GLM_MTP, "DeepseekV4ForCausalLM", "not converted yet", id="inside a target"),
+        pytest.param(GLM_MTP, "Glm6ForCausalLM", "not converted yet", id="inside a target"),
         pytest.param(
             GLM_MTP, "DeepseekV3ForCausalLM", "no runtime loads it: llama.cpp's converter drops", id="DeepSeek-V3"
         ),

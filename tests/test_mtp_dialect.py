@@ -17,10 +17,10 @@ from convert_drafter.converters.errors import BadFact, WrongInput
 from convert_drafter.converters.spec import (
     DrafterSpec,
     Experts,
-    HyperConnections,
     Indexer,
     LinearAttention,
     Rope,
+    Streams,
     spec_from,
 )
 
@@ -48,7 +48,7 @@ OWN["mtp-qwen3next"] = OWN["mtp-qwen35moe"]
 OWN["mtp-qwen4exp"] = {
     **OWN["mtp-qwen35moe"],
     "indexer": Indexer(8, 64, 32, pool_size=4),
-    "hyper_connections": HyperConnections(3, 24),
+    "streams": Streams(3, 24),
 }
 
 

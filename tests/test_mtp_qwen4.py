@@ -25,7 +25,7 @@ from convert_drafter.converters.convert import read_published
 from convert_drafter.converters.dialects import CELLS, objections, read
 from convert_drafter.converters.errors import BadFact, WrongInput
 from convert_drafter.converters.gguf_read import read_gguf
-from convert_drafter.converters.spec import HyperConnections, Indexer, spec_from
+from convert_drafter.converters.spec import Indexer, Streams, spec_from
 from convert_drafter.converters.verdict import Outcome
 from convert_drafter.converters.verify.diagnosis.explanations import explanations
 from convert_drafter.converters.verify.diagnosis.view import Hints
@@ -117,7 +117,7 @@ def test_layers_go_by_the_names_transformers_saves(source: Path, tmp_path: Path)
 
 
 REQUIRED = {
-    "hc_count": "hyper_connections.count", "hc_lowrank": "hyper_connections.rank", "head_dim": "head_dim",
+    "hc_count": "streams.count", "hc_lowrank": "streams.rank", "head_dim": "head_dim",
     "hidden_size": "hidden_size", "indexer_budget": "indexer.top_k", "indexer_compress_ratio": "indexer.pool_size",
     "indexer_head_dim": "indexer.head_dim", "indexer_n_heads": "indexer.head_count",
     "linear_conv_kernel_dim": "linear_attention.kernel_size", "linear_key_head_dim": "linear_attention.key_head_dim",
@@ -336,8 +336,8 @@ def trunk_of(file: Path, out: Path, ratios: tuple[int, ...]) -> Path:
 
 
 def test_streams_and_groups_are_facts() -> None:
-    with pytest.raises(BadFact, match=r"hyper_connections\.count"):
-        HyperConnections(1, 8)
+    with pytest.raises(BadFact, match=r"streams\.count"):
+        Streams(1, 8)
     with pytest.raises(BadFact, match=r"indexer\.top_k"):
         Indexer(4, 16, 30, pool_size=4)
     assert objections(CELL, of_kind(SPEC, CELL)) == []

@@ -23,10 +23,11 @@ from convert_drafter.converters.target import Target
 
 HEAD = re.compile(r"mtp\.")
 LAYER = re.compile(r"mtp\.layers\.(\d{1,9})\.")
+BLOCK = re.compile(r"mtp\.(\d{1,9})\.")
 APPENDED = re.compile(r"layers\.(\d{1,9})\.eh_proj\.")  # one more layer of the target is a head by this tensor
 NUMBER = re.compile(r"layers\.(\d{1,9})\.")
 # of the target, and in the head's own file
-SHARED = re.compile(r"((word_)?embed(ding|_token)s|embeddings|norm(_f)?|lm_head)\.")
+SHARED = re.compile(r"((word_)?embed(ding|_token)s|embed(dings)?|norm(_f)?|(lm_)?head)\.")
 COUNT, APPENDED_COUNT = "mtp_num_hidden_layers", "num_nextn_predict_layers"
 NESTED_COUNT = "mtp.num_hidden_layers"  # Qwen4Exp counts twice
 
@@ -135,6 +136,12 @@ def count_appended(reader: ConfigReader, headers: Headers, depth: int) -> int:
     found = numbers(headers, APPENDED)
     count = counted(reader, len(found), APPENDED_COUNT)
     return _agreed(reader, [f"layers.{i}.eh_proj" for i in found], found, depth, count)
+
+
+def count_blocks(reader: ConfigReader, headers: Headers) -> int:
+    """The number of heads that are numbered under `mtp`, by the tensors; the config has to agree (A5-2)."""
+    found = numbers(headers, BLOCK)
+    return _agreed(reader, [f"mtp.{i}" for i in found], found, 0, counted(reader, len(found), APPENDED_COUNT))
 
 
 def numbers(headers: Headers, layer: re.Pattern[str]) -> list[int]:

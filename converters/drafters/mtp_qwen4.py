@@ -34,7 +34,7 @@ from convert_drafter.converters.matrices import Part, below, beside
 from convert_drafter.converters.ops import PLUS_ONE
 from convert_drafter.converters.plan import TensorRule, plain_name
 from convert_drafter.converters.roles import Role
-from convert_drafter.converters.spec import DrafterSpec, HyperConnections, Indexer
+from convert_drafter.converters.spec import DrafterSpec, Indexer, Streams
 from convert_drafter.converters.target import Target
 
 FULLS = (FULL, "indexed_attention")  # as published, and as transformers saves it
@@ -57,9 +57,9 @@ def read_spec(reader: ConfigReader, headers: Headers, target: Target | None) -> 
         linear_attention=read_linear(reader, read_depth(reader), FULLS),
         experts=read_experts(reader),
         indexer=read_indexer(reader),
-        hyper_connections=HyperConnections(
-            count=reader.get("hyper_connections.count", int, "hc_count"),
-            rank=reader.get("hyper_connections.rank", int, "hc_lowrank"),
+        streams=Streams(
+            count=reader.get("streams.count", int, "hc_count"),
+            rank=reader.get("streams.rank", int, "hc_lowrank"),
         ),
     )
 

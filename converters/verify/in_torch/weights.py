@@ -24,7 +24,8 @@ from convert_drafter.converters.verify.in_torch.reference.eagle3 import Eagle3
 from convert_drafter.converters.verify.in_torch.reference.gemma4_assistant import Gemma4Assistant
 from convert_drafter.converters.verify.in_torch.reference.mtp import Mtp
 from convert_drafter.converters.verify.in_torch.reference.mtp_chain import MtpChain
-from convert_drafter.converters.verify.in_torch.reference.mtp_streams import MtpStreams
+from convert_drafter.converters.verify.in_torch.reference.mtp_deepseek4 import MtpDeepseek4
+from convert_drafter.converters.verify.in_torch.reference.mtp_qwen4 import MtpQwen4
 from convert_drafter.quant import STORED, dequantize
 
 Weights = dict[TensorKey, NDArray[np.float32]]
@@ -76,7 +77,8 @@ def parameter_names(spec: DrafterSpec) -> dict[TensorKey, str]:
 OF_HEADS: Mapping[str, type[Mtp]] = {
     **dict.fromkeys(HEADS - BEFORE_NORM, Mtp),
     **dict.fromkeys(BEFORE_NORM, MtpChain),
-    "mtp-qwen4exp": MtpStreams,
+    "mtp-qwen4exp": MtpQwen4,
+    "mtp-deepseek4": MtpDeepseek4,
 }
 REFERENCES: Mapping[str, Callable[[DrafterSpec, Collection[Role]], nn.Module]] = {
     **dict.fromkeys(("dflash", "dflash2", "dspark"), DFlash),

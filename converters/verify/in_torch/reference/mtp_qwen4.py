@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from convert_drafter.converters.roles import Role, TensorKey
-from convert_drafter.converters.spec import DrafterSpec, HyperConnections, Indexer
+from convert_drafter.converters.spec import DrafterSpec, Indexer, Streams
 from convert_drafter.converters.verify.in_torch.reference.dflash import RMSNorm
 from convert_drafter.converters.verify.in_torch.reference.mixture import Mixture
 from convert_drafter.converters.verify.in_torch.reference.mtp import Attention, Head, KeysValues
@@ -47,7 +47,7 @@ NAMES = {
 class StreamNorm(nn.Module):
     """Each stream by itself, (..., C * H) -> the same, with weights of all of them."""
 
-    def __init__(self, spec: DrafterSpec, facts: HyperConnections) -> None:
+    def __init__(self, spec: DrafterSpec, facts: Streams) -> None:
         super().__init__()
         self.count, self.epsilon = facts.count, spec.norm_epsilon
         self.weight = nn.Parameter(torch.ones(facts.count * spec.hidden_size))
@@ -61,7 +61,7 @@ class StreamNorm(nn.Module):
 class Mixing(nn.Module):
     """One state of all streams: their mean, each number of it gated. As the output's it has no shares."""
 
-    def __init__(self, spec: DrafterSpec, facts: HyperConnections, shared: bool = True) -> None:
+    def __init__(self, spec: DrafterSpec, facts: Streams, shared: bool = True) -> None:
         super().__init__()
         self.count, width = facts.count, facts.count * spec.hidden_size
         self.norm = StreamNorm(spec, facts)
@@ -138,7 +138,7 @@ class PoolAttention(Attention):
 class StreamLayer(nn.Module):
     """Attention, then a mixture of experts; each reads the streams mixed."""
 
-    def __init__(self, spec: DrafterSpec, facts: HyperConnections, roles: Collection[Role]) -> None:
+    def __init__(self, spec: DrafterSpec, facts: Streams, roles: Collection[Role]) -> None:
         super().__init__()
         assert spec.experts is not None
         self.attn_streams, self.mlp_streams = Mixing(spec, facts), Mixing(spec, facts)
@@ -158,11 +158,11 @@ class StreamHead(Head):
 
     def __init__(self, spec: DrafterSpec, roles: Collection[Role]) -> None:
         super().__init__(spec, roles)
-        assert spec.hyper_connections is not None
-        self.count = spec.hyper_connections.count
-        self.pre_fc_norm_hidden = StreamNorm(spec, spec.hyper_connections)
-        self.layers = nn.ModuleList([StreamLayer(spec, spec.hyper_connections, roles)])
-        self.norm = Mixing(spec, spec.hyper_connections, shared=False)
+        assert spec.streams is not None
+        self.count = spec.streams.count
+        self.pre_fc_norm_hidden = StreamNorm(spec, spec.streams)
+        self.layers = nn.ModuleList([StreamLayer(spec, spec.streams, roles)])
+        self.norm = Mixing(spec, spec.streams, shared=False)
 
     def join(self, embedded: Tensor, states: Tensor) -> Tensor:
         """A token's embedding (..., S, H) beside each stream of the state before it, (..., S, C * H) -> the same."""
@@ -172,7 +172,7 @@ class StreamHead(Head):
         return out
 
 
-class MtpStreams(MtpChain):
+class MtpQwen4(MtpChain):
     """A head of several streams as a drafter; states are all streams of a position."""
 
     def __init__(self, spec: DrafterSpec, roles: Collection[Role] = ()) -> None:
