@@ -33,6 +33,11 @@ def size(n_bytes: int) -> str:
     return f"{value:.1f} {UNITS[unit]}" if unit else f"{n_bytes} B"
 
 
+def count(number: int, one: str, many: str = "") -> str:
+    """A number of things, in words."""
+    return f"{number} {one if number == 1 else many or f'{one}s'}"
+
+
 def warnings(console: Console, messages: Sequence[str]) -> None:
     for message in messages:
         console.print(f"warning: {plain(message)}", markup=False)
