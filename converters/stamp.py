@@ -247,9 +247,11 @@ def _read_by(job: VerifyJob, outputs: tuple[Path, ...]) -> Iterator[tuple[str, P
             if path.is_file() and not hidden and not path.name.endswith(OURS_BESIDE) and path not in outputs:
                 yield f"{name}/{path.relative_to(root).as_posix()}", path
     if "llama.cpp" in job.engines:
-        from convert_drafter.converters.verify.in_llama_cpp.probe import find_server
+        from convert_drafter.converters.verify.in_llama_cpp.probe import find_server, libraries
 
-        yield "llama-server", find_server(job.server).path
+        program = find_server(job.server).path
+        yield "llama-server", program
+        yield from ((f"llama-server/{path.name}", path) for path in libraries(program))
 
 
 def _planned(tensor: PlannedTensor) -> str:
