@@ -22,7 +22,7 @@ from mtp_checkpoints import small
 from published import FIXTURES, PAIR
 from sample_verdicts import SAMPLES
 from server_helps import CURRENT, HELPS
-from target_gguf import write_target
+from target_gguf import split_gguf, write_target
 
 from convert_drafter.converters import ConvertJob, convert
 from convert_drafter.converters.cli import main
@@ -213,6 +213,31 @@ def test_a_head_that_is_only_promised(ask: Ask, folder: Path, tmp_path: Path, na
     said = ask(file, "--mode", "mtp")
     assert said.words == ["llama-server", "-m", str(file)]
     assert "warning: mtp: neither the file nor the target has an MTP head" in said.err
+
+
+def test_a_target_in_parts(ask: Ask, folder: Path, tmp_path: Path) -> None:
+    """The server takes the first; all of them are the target, when a reload is asked for too."""
+    first, second, _ = split_gguf(folder / "target.gguf", tmp_path / "big-F32")
+    said = ask("dflash.gguf", "--target", first, "--json")
+    found = json.loads(said.out)
+    assert found["command"][:3] == ["llama-server", "-m", str(first)] and found["resolved"]["mode"] == "dflash"
+    assert found["files"]["target"]["bytes"] == sum(path.stat().st_size for path in tmp_path.glob("big-*"))
+    said = ask("dflash.gguf", "--target", second)
+    assert said.status == 3 and "expected the first of them" in said.err
+
+
+def test_a_drafter_that_no_gpu_has_room_for(ask: Ask, folder: Path, tmp_path: Path) -> None:
+    """D3 drafter_no_vram: by what the server lists; --device, and options that place layers, are the user's word."""
+    sizes = [sum(t.n_bytes for t in read_gguf(folder / name).tensors.values()) for name in ("target.gguf", "ik.gguf")]
+    room = -(-sizes[0] // 2**20) + 1  # MiB: the target fits, and with a drafter of 2 MiB it does not
+    assert sizes[1] > 2**20
+    server = make(tmp_path, "gpu", help=CURRENT, devices=f"  CUDA0: A small one ({room} MiB, 1 MiB free)")
+    pair = ("dflash.gguf", "--target", "target.gguf", "--server", server)
+    said = ask(*pair)
+    assert "draft-dflash" not in said.words and "ngram-mod" in said.words and "-md" not in said.words
+    assert "warning: the target takes 0.0" in said.err and "in all: ngram instead; --mode dflash has it" in said.err
+    for words in (["--device", "gpu"], ["--", "-ngl", "2"], ["--mode", "dflash"]):
+        assert "draft-dflash" in ask(*pair, *words).words
 
 
 def test_every_way_is_a_cell_s(ask: Ask) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from fake_llama_server import HELP, make
 from published import PAIR, small_checkpoint
-from target_gguf import write_target
+from target_gguf import split_gguf, write_target
 
 from convert_drafter.converters import ConvertJob, QuantizeJob, TypeOptions, VerifyJob, convert, file_hash, stamp
 from convert_drafter.converters.cli import main
@@ -279,6 +279,18 @@ def test_llama_server_is_its_program_and_its_libraries(tmp_path: Path) -> None:
     assert standing(asked).up_to_date
     rewritten(tmp_path / "bin" / "libllama.so.0.6.0")
     assert standing(asked).reasons == ("llama-server/libllama.so.0.6.0: changed",)
+
+
+def test_a_target_in_parts_is_all_of_them(tmp_path: Path) -> None:
+    first, second, _ = split_gguf(write_target(PAIR / "target", tmp_path / "target.gguf"), tmp_path / "parts")
+    file, verdict = tmp_path / "a.gguf", tmp_path / "a.verdict.json"
+    file.write_text("a drafter")
+    verdict.write_text("a verdict")
+    asked = Verification(VerifyJob(file, (first,), server=make(tmp_path, help=HELP)), verdict)
+    record(standing(asked))
+    assert standing(asked).up_to_date
+    rewritten(second)
+    assert standing(asked).reasons == (f"gguf/{second.name}: changed",)
 
 
 # --- hashes ---

@@ -11,7 +11,8 @@ from typing import Any
 from convert_drafter.converters.batch.log import log_path
 from convert_drafter.converters.batch.preflight import Checked, Preflight
 from convert_drafter.converters.batch.task import Result, Status, Summary, Task
-from convert_drafter.converters.commands.show import count, render, size, table
+from convert_drafter.converters.commands.amounts import count, size
+from convert_drafter.converters.commands.show import render, table
 
 WIDTH, NAME = 80, 44  # columns of a line, of a task's name
 PREFLIGHT, VERSION = "convert-drafter/jobs-doctor", 1

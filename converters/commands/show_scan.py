@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from convert_drafter.converters.commands.show import count, size
+from convert_drafter.converters.commands.amounts import count, size
 from convert_drafter.converters.scan.found import Artifact, Model, Pair, Scan, What
 
 WIDTH = 80

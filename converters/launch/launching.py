@@ -11,7 +11,7 @@ from pathlib import Path
 from convert_drafter.converters.convert import read_published
 from convert_drafter.converters.dialects import CELLS
 from convert_drafter.converters.errors import MissingEngine, Problems, WrongUsage
-from convert_drafter.converters.launch.abilities import has_gpu, unprobed
+from convert_drafter.converters.launch.abilities import Devices, devices, unprobed
 from convert_drafter.converters.launch.files import Pair, read_pair, way_of
 from convert_drafter.converters.launch.flags import command
 from convert_drafter.converters.launch.line import launch_line
@@ -24,6 +24,12 @@ from convert_drafter.converters.verify.in_llama_cpp.probe import NAME, Abilities
 LLAMA_CPP = "llama.cpp"
 ENGINES = (LLAMA_CPP, *OTHER_ENGINES)
 DEVICES = {"gpu": Known.YES, "cpu": Known.NO}
+# the server's options that say what lies where, in every spelling (common/arg.cpp)
+PLACING = frozenset((
+    "-ngl", "--gpu-layers", "--n-gpu-layers", "-dev", "--device", "-ot", "--override-tensor", "-cmoe", "--cpu-moe",
+    "-ncmoe", "--n-cpu-moe", "-ts", "--tensor-split", "-mg", "--main-gpu", "-ngld", "--spec-draft-ngl",
+    "--gpu-layers-draft", "--n-gpu-layers-draft", "-devd", "--spec-draft-device", "--device-draft",
+))  # fmt: skip
 NO_TARGET = "TARGET.gguf"  # where only the target's folder is known
 
 
@@ -116,8 +122,10 @@ def _for_llama_server(job: LaunchJob, pair: Pair) -> Launch:
         measured, said = read_measured(job.measured, job.file)
         remarks += said
     request = job.request
-    gpu = _gpu(job, pair, server, abilities)
-    resolved = resolve(request, Situation(pair.sources, pair.weights, gpu, measured), abilities)
+    found = _devices(job, pair, server, abilities)
+    memory = None if PLACING & {word.split("=")[0] for word in job.extra} else found.memory
+    situation = Situation(pair.sources, pair.weights, found.gpu, measured, pair.n_bytes, memory)
+    resolved = resolve(request, situation, abilities)
     if resolved.own_types:
         request = replace(request, mode=None)
     drafter = _drafter(job, pair, resolved)
@@ -165,13 +173,15 @@ def _name(job: LaunchJob, server: Engine | None) -> str:
     return str(server.path)
 
 
-def _gpu(job: LaunchJob, pair: Pair, server: Engine | None, abilities: Abilities) -> Ability:
+def _devices(job: LaunchJob, pair: Pair, server: Engine | None, abilities: Abilities) -> Devices:
     """Asked only where it decides something."""
     if job.device is not None:
-        return Ability(DEVICES[job.device], "--device")
-    if MTP not in pair.sources:
-        return Ability(Known.UNKNOWN)
-    return Ability(Known.UNKNOWN, abilities.problem or "") if server is None else has_gpu(server.path, abilities)
+        return Devices(Ability(DEVICES[job.device], "--device"))
+    if not pair.sources:
+        return Devices(Ability(Known.UNKNOWN))
+    if server is None:
+        return Devices(Ability(Known.UNKNOWN, abilities.problem or ""))
+    return devices(server.path, abilities)
 
 
 def _with_own(resolved: Resolved, purposes: Sequence[str]) -> Resolved:

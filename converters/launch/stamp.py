@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from convert_drafter.converters.gguf_model import parts_of
 from convert_drafter.converters.launch.launching import Launch
 
 SCHEMA, VERSION = "convert-drafter/launch", 1
@@ -40,12 +41,12 @@ def stamp(decided: Launch) -> dict[str, Any]:
 
 
 def _file(path: Path | None) -> dict[str, Any] | None:
-    """Its absolute path, size and time of change; a folder has neither."""
+    """Its absolute path, size and time of change, of all parts of a model; a folder has neither."""
     if path is None:
         return None
-    state = path.stat() if path.is_file() else None
+    states = [part.stat() for part in parts_of(path) if part.is_file()]
     return {
         "path": str(path.resolve()),
-        "bytes": None if state is None else state.st_size,
-        "modified_ns": None if state is None else state.st_mtime_ns,
+        "bytes": sum(state.st_size for state in states) if states else None,
+        "modified_ns": max((state.st_mtime_ns for state in states), default=None),
     }
