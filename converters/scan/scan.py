@@ -27,6 +27,7 @@ from convert_drafter.converters.scan.in_gguf import FORMAT as FILES
 from convert_drafter.converters.scan.in_gguf import describe_gguf
 from convert_drafter.converters.scan.mend import with_redialect
 from convert_drafter.converters.scan.pair import pair
+from convert_drafter.converters.scan.settle import settle
 from convert_drafter.converters.scan.walk import Place, Walk
 from convert_drafter.converters.weight_files import CONFIG
 
@@ -53,10 +54,11 @@ def scan(root: Path, catalog: Path | None = None, watch: Watch = lambda phase, d
     named = drafters_named(said)
     stated_of, keys = stated(said), frozenset(each.drafter for each in named)
     models = group(_marked(with_redialect(each), stated_of, keys) for each in artifacts.values())
+    models, pairs = settle(models, pair(models, named))
     return Scan(
         root,
         models,
-        pair(models, named),
+        pairs,
         tuple(sorted(walk.skipped, key=lambda each: each.path)),
         catalog,
         tuple(_unfound(models, named)),
