@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from convert_drafter.converters.scan.found import Artifact, Model, Pair
+from convert_drafter.converters.scan.found import Artifact, Model, Pair, What
 from convert_drafter.converters.scan.in_folder import with_target
 from convert_drafter.converters.scan.mend import with_redialect
 
@@ -24,9 +24,14 @@ def settle(models: Sequence[Model], pairs: Sequence[Pair]) -> tuple[tuple[Model,
     def seen(artifact: Artifact) -> Artifact:
         return found.get(artifact.path, artifact)
 
-    changed = {id(model): replace(model, variants=tuple(map(seen, model.variants))) for model in models}
-    kept = {id(model): model if changed[id(model)] == model else changed[id(model)] for model in models}
-    return tuple(kept.values()), tuple(replace(pair, drafter=seen(pair.drafter)) for pair in pairs)
+    def with_seen(model: Model) -> Model:
+        """The same object where nothing changed: pairs name their target by it."""
+        variants = tuple(map(seen, model.variants))
+        return model if model.what is What.TARGET or variants == model.variants else replace(model, variants=variants)
+
+    if not found:
+        return tuple(models), tuple(pairs)
+    return tuple(map(with_seen, models)), tuple(replace(pair, drafter=seen(pair.drafter)) for pair in pairs)
 
 
 def _place(target: Model) -> Path | None:
