@@ -49,7 +49,26 @@ def _about(card: Card) -> list[str]:
     if source is not None:
         lines.append(f"- Converted from `{_code(source)}`.")
     lines.append(f"- For {drafter.cell.runtime}; what it loads was read in {drafter.cell.source}.")
+    if ran := list(_ran_in(card)):
+        lines.append(f"- Verified in {', '.join(ran)}.")
     return lines
+
+
+# where a verdict's settings have the version of the program that loaded the file (docs/verify.md)
+RAN_IN = {"llama-server": ("llama.cpp", "file", "llama-server"), "torch": ("torch", "torch")}
+
+
+def _ran_in(card: Card) -> Iterator[str]:
+    """Engines that loaded one of the files and ran it, by name and version."""
+    settings = [verdict.get("settings") for file in card.files for verdict in file.verdicts]
+    found = [(name, _at(table, path)) for table in settings for name, path in RAN_IN.items()]
+    yield from dict.fromkeys(f"{name} {_plain(version)}" for name, version in found if isinstance(version, str))
+
+
+def _at(table: Any, path: Sequence[str]) -> Any:
+    for key in path:
+        table = table.get(key) if isinstance(table, dict) else None
+    return table
 
 
 def _running(card: Card) -> list[str]:

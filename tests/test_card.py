@@ -86,6 +86,14 @@ def test_what_was_measured_is_shown_and_nothing_else(files: list[Path], tmp_path
     assert not [line for line in text.splitlines() if line.startswith(f"| `{files[1].name}` | {PASSING.engine} |")]
 
 
+def test_engines_that_ran_it_are_named(files: list[Path], tmp_path: Path) -> None:
+    settings = {"command": "x", "llama.cpp": {"file": {"llama-server": "b11434"}}, "torch": {"torch": "2.13.0"}}
+    both = [verdict(path, tmp_path / f"{path.stem}.json", settings=settings) for path in files[:2]]
+    assert "- Verified in llama-server b11434, torch 2.13.0.\n" in card_text(read_card(files, both))
+    strange = verdict(files[0], tmp_path / "strange.json", settings=3)
+    assert "Verified in" not in card_text(read_card(files, [strange])) + card_text(read_card(files))
+
+
 def test_positions_of_several_quants_stand_side_by_side(files: list[Path], tmp_path: Path) -> None:
     """Shorter ones end with a dash; a verdict from before there were intervals is shown without."""
     gates = json.loads(json.dumps(report.as_json(PASSING)))["gates"]

@@ -206,6 +206,13 @@ def test_a_head_in_its_target_s_file(ask: Ask, folder: Path, tmp_path: Path) -> 
     assert said.status == 2 and "has a head and its target in it" in said.err
 
 
+def test_a_head_beside_a_target_that_has_one_too(ask: Ask, folder: Path, tmp_path: Path) -> None:
+    """D3: the file that was given is meant, not the one inside the target."""
+    file = attached(folder, tmp_path / "both.gguf")
+    said = ask("mtp.gguf", "--target", file, "--mode", "mtp", "--device", "gpu")
+    assert said.words[:5] == ["llama-server", "-m", str(file), "-md", "mtp.gguf"] and "draft-mtp" in said.words
+
+
 @pytest.mark.parametrize("name", ["plain", "model-mtp"])
 def test_a_head_that_is_only_promised(ask: Ask, folder: Path, tmp_path: Path, name: str) -> None:
     """A3-21, T-34: neither a key nor a name is a head; a server that is told so stops."""
@@ -428,7 +435,7 @@ def test_exec_starts_it(place: Path) -> None:
         pytest.param("mtp.gguf --target mtp --exec", 2, "mtp: is a folder, and the server reads a GGUF", id="exec"),
         pytest.param(f"{CHECKPOINT} --engine vllm --exec", 4, "--exec: vllm: not found", id="exec vllm"),
         pytest.param("dflash.gguf", 2, "is a drafter on its own; give its target with --target", id="no target"),
-        pytest.param("nothing.gguf --target target.gguf", 3, "nothing.gguf", id="no file"),
+        pytest.param("nothing.gguf --target target.gguf", 3, "nothing.gguf", id="D3 drafter_not_found"),
         pytest.param("dflash.gguf --target nothing", 3, "nothing there, expected the target's", id="T-35 no target"),
         pytest.param("mtp --target target.gguf", 2, "is a folder, expected a GGUF; `convert` makes one", id="a folder"),
         pytest.param("target.gguf --target dflash.gguf", 3, "expected a drafter's", id="the wrong way round"),
