@@ -247,6 +247,13 @@ def test_a_drafter_that_no_gpu_has_room_for(ask: Ask, folder: Path, tmp_path: Pa
         assert "draft-dflash" in ask(*pair, *words).words
 
 
+@pytest.mark.parametrize("name", ["ik", "dflash"])
+def test_a_length_that_is_cut_is_told(ask: Ask, name: str) -> None:
+    """A6-8: for every runtime."""
+    said = ask(f"{name}.gguf", "--target", "target.gguf", "--draft-length", 99)
+    assert "warning: 99 tokens: the drafter gives 7 at most\n" in said.err and "7" in re.findall(r"\d+", said.out)
+
+
 def test_every_way_is_a_cell_s(ask: Ask) -> None:
     """R2: the ways of drafting are those of llama.cpp's table."""
     assert {way_of(cell) for cell in CELLS.values() if cell.runtime == "llama.cpp"} == set(DRAFTERS)

@@ -216,7 +216,7 @@ def _for_relative(job: LaunchJob, pair: Pair, runtime: str) -> Launch:
     notes = tuple(Remark("runtime", note.text) for note in cell.notes if note.concerns(spec))
     ready = not pair.target.is_dir()
     kind = resolved.ways[0]
-    remarks = (*pair.remarks, *notes)
+    remarks = (*pair.remarks, *_lengths(request, kind, spec.draft_length if spec.block_size else None), *notes)
     return Launch(runtime, None, pair.target, job.file, request, resolved, kind, words, remarks, ready)
 
 
