@@ -28,7 +28,7 @@ from convert_drafter.converters.verify.in_llama_cpp.probe import Abilities, Abil
 
 GPU, CPU = Ability(Known.YES), Ability(Known.NO)
 LARGE, LITTLE = 4_000_000_000, 800_000_000
-HEAD = {"mtp": Source(None)}
+HEAD = {"mtp": Source(None, head=True)}
 BLOCK = {"dflash": Source(Path("d.gguf"), 7, 7, "a block of 8")}
 MTP_TARGET = Situation(HEAD, LARGE, GPU)
 PAIRS = (
@@ -244,7 +244,7 @@ def test_memory_and_a_measurement() -> None:
 @pytest.mark.parametrize("server", [ALL, NO_NGRAM])
 def test_a_head_with_latent_attention(server: str) -> None:
     """D3 mla_mtp_disabled: not by itself, but where it is asked for or was measured to pay."""
-    situation = Situation({"mtp": Source(None, latent=True)}, LARGE, GPU)
+    situation = Situation({"mtp": Source(None, head=True, latent=True)}, LARGE, GPU)
     found = resolve(Request(), situation, abilities(server))
     assert found.ways == (("ngram",) if server == ALL else ()) and codes(found) == {"mla_head"}
     assert "--mode mtp has it anyway" in found.remarks[0].text

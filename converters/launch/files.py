@@ -13,7 +13,6 @@ from convert_drafter.converters.errors import WrongInput, WrongUsage
 from convert_drafter.converters.gguf_file import ARCHITECTURE
 from convert_drafter.converters.gguf_model import read_model
 from convert_drafter.converters.gguf_read import GGUFFile
-from convert_drafter.converters.launch.modes import MTP
 from convert_drafter.converters.launch.resolve import Remark, Source
 from convert_drafter.converters.pairing import check_pairing
 from convert_drafter.converters.spec import HEADS, DrafterSpec
@@ -97,13 +96,13 @@ def _heads(file: GGUFFile) -> dict[str, Source]:
 
 def source_of_way(cell: Cell, spec: DrafterSpec, path: Path | None) -> Source:
     """Its longest drafts: a block, or a token of each head where there are several (common/speculative.cpp)."""
-    way, length = way_of(cell), spec.draft_length
+    length = spec.draft_length
     if spec.block_size is not None:
         anchor = "" if spec.sample_from_anchor else " without its anchor"
         return Source(path, length, length, f"the drafter's block of {spec.block_size}{anchor}")
-    if way == MTP:
-        limit = spec.layer_count if spec.layer_count > 1 else None
-        return Source(path, limit, latent=spec.latent_attention is not None)
+    if cell.kind in HEADS:
+        limit = spec.layer_count if spec.has_chained_heads else None
+        return Source(path, limit, head=True, latent=spec.latent_attention is not None)
     return Source(path, None, length, "llama.cpp's own, for drafters that go on token by token")
 
 

@@ -19,6 +19,7 @@ from convert_drafter.converters.launch.measured import read_measured
 from convert_drafter.converters.launch.modes import AUTO, MODES, MTP, NGRAM, OFF, canonical, unknown, ways_of
 from convert_drafter.converters.launch.other_engines import HEAD_LENGTH, NGRAM_LENGTH, OTHER_ENGINES
 from convert_drafter.converters.launch.resolve import Ngram, Remark, Request, Resolved, Situation, resolve, spec_type
+from convert_drafter.converters.spec import HEADS
 from convert_drafter.converters.verify.in_llama_cpp.probe import NAME, Abilities, Ability, Engine, Known, find_server
 
 LLAMA_CPP = "llama.cpp"
@@ -239,11 +240,14 @@ def _elsewhere(job: LaunchJob) -> Launch:
     length = job.draft_length or length
     if spec.block_size is not None and way == own:
         length = min(length, spec.draft_length)
-    options = [] if way == OFF else engine.drafting[way](str(job.file), length)
+    spelled = None if way == OFF else engine.drafting.get(kind if way == own else way, engine.drafting[way])
+    if spelled is None and way != OFF:
+        raise WrongUsage(f"{job.file}: {job.engine} documents nothing of {kind} drafters; --mode ngram needs none")
+    options = [] if spelled is None else spelled(str(job.file), length)
     remarks += [Remark("engine", engine.notes[name]) for name in dict.fromkeys((kind, way)) if name in engine.notes]
     resolved = Resolved() if way == OFF else Resolved((way,), length)
     words = (*engine.start, str(target), *options, *request.extra)
-    drafter = job.file if way == own != MTP else None
+    drafter = job.file if way == own and kind not in HEADS else None
     name = None if way == OFF else way
     return Launch(job.engine, None, target, drafter, request, resolved, name, words, tuple(remarks))
 

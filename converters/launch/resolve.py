@@ -44,7 +44,7 @@ class Source:
     """What a way of drafting reads: `path` None is the target's own file. `limit` is the most it drafts, if any.
 
     `usual` is the length to take unless one is asked for or measured, with the reason; `n_bytes` are its tensors', of a
-    file of its own; `latent` tells a head with latent attention (MLA).
+    file of its own; `head` tells an MTP head, which is a layer of its target, `latent` one with latent attention (MLA).
     """
 
     path: Path | None
@@ -52,6 +52,7 @@ class Source:
     usual: int | None = None
     why: str = ""
     n_bytes: int = 0
+    head: bool = False
     latent: bool = False
 
 
@@ -135,7 +136,7 @@ def _auto(situation: Situation, abilities: Abilities, remarks: list[Remark]) -> 
     if dear := () if _pays(situation) else _too_dear(way, situation, instead):
         remarks += dear
         return (NGRAM,) if ngram_ok else ()
-    if way != MTP:
+    if not situation.sources[way].head:
         return (way,)
     if situation.gpu.known is Known.UNKNOWN:
         said = f"is there a GPU? {situation.gpu.reason or 'unknown'}: taken for one; --device says it"
@@ -145,10 +146,11 @@ def _auto(situation: Situation, abilities: Abilities, remarks: list[Remark]) -> 
 
 def _too_dear(way: str, situation: Situation, instead: str) -> tuple[Remark, ...]:
     """Why a drafter is not worth its cost, unless a measurement says otherwise; none where nothing is known."""
-    if way == MTP and situation.sources[way].latent:
+    source = situation.sources[way]
+    if source.latent:
         said = f"a head with latent attention (MLA) costs more than it brings in llama.cpp ({MLA}): {instead}"
         return (Remark("mla_head", said),)
-    if way == MTP and situation.weights is not None and situation.weights < SMALL:
+    if source.head and situation.weights is not None and situation.weights < SMALL:
         size = f"{situation.weights / 1e9:.2g} billion weights"
         said = f"a head does not pay in a target of {size}, below {SMALL / 1e9:g}: {instead}"
         return (Remark("small_target", said),)
