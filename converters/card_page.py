@@ -11,6 +11,7 @@ from typing import Any
 from convert_drafter.converters.card import Card, CardFile, making_command, recipe_of
 from convert_drafter.converters.drafters import KINDS
 from convert_drafter.converters.errors import plain
+from convert_drafter.converters.json_text import value_at
 from convert_drafter.converters.launch.line import launch_line
 
 
@@ -61,14 +62,8 @@ RAN_IN = {"llama-server": ("llama.cpp", "file", "llama-server"), "torch": ("torc
 def _ran_in(card: Card) -> Iterator[str]:
     """Engines that loaded one of the files and ran it, by name and version."""
     settings = [verdict.get("settings") for file in card.files for verdict in file.verdicts]
-    found = [(name, _at(table, path)) for table in settings for name, path in RAN_IN.items()]
+    found = [(name, value_at(table, path)) for table in settings for name, path in RAN_IN.items()]
     yield from dict.fromkeys(f"{name} {_plain(version)}" for name, version in found if isinstance(version, str))
-
-
-def _at(table: Any, path: Sequence[str]) -> Any:
-    for key in path:
-        table = table.get(key) if isinstance(table, dict) else None
-    return table
 
 
 def _running(card: Card) -> list[str]:

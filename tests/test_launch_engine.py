@@ -25,7 +25,7 @@ from convert_drafter.converters.convert import write_conversion
 from convert_drafter.converters.gguf_model import read_model
 from convert_drafter.converters.gguf_read import read_gguf
 from convert_drafter.converters.launch.abilities import Flavour, can, devices, flavour
-from convert_drafter.converters.launch.launching import Launch, LaunchJob, launch
+from convert_drafter.converters.launch.launching import PLACING, Launch, LaunchJob, launch
 from convert_drafter.converters.launch.modes import SPEC_TYPES, WAYS
 from convert_drafter.converters.verify.in_llama_cpp.probe import FLAGS, Known, find_server
 
@@ -128,6 +128,8 @@ def test_what_the_real_server_can() -> None:
     for purpose in ("ngram match", "ngram shortest", "ngram longest", "default drafting", "devices", "model"):
         assert engine.abilities.flag(purpose) == FLAGS[purpose][0]
     assert devices(engine.path, engine.abilities).gpu.known in (Known.YES, Known.NO)
+    placing = PLACING & engine.abilities.flags.keys()
+    assert len(placing) > 15 and all(engine.abilities.aliases(flag) <= PLACING for flag in placing)
 
 
 def test_auto_does_not_take_a_tiny_target_s_head(folder: Path) -> None:
