@@ -60,8 +60,11 @@ def doctor_command(
     Of a checkpoint's folder, what would go wrong in converting and serving it. Nothing is written or started.
 
     \b
-    convert-drafter doctor dflash-Qwen3.6-27B-Q8_0.gguf --target Qwen3.6-27B --source Qwen3.6-27B-DFlash
-    convert-drafter doctor Qwen3.6-27B-DFlash --target Qwen3.6-27B --quant Q8_0 --parallel 4
+    convert-drafter doctor dflash-Qwen3.6-27B-Q8_0.gguf \\
+        --target Qwen3.6-27B --source Qwen3.6-27B-DFlash
+    convert-drafter doctor Qwen3.6-27B-DFlash \\
+        --target Qwen3.6-27B --quant Q8_0 --parallel 4
+    convert-drafter doctor --jobs jobs.toml
     """
     if jobs:
         return _doctor_jobs(path, target, source, plans, as_json)
@@ -94,7 +97,8 @@ def verify_command(job: VerifyJob, strict: bool, json_out: Path | None, html_out
     """Run a drafter's GGUF with its target and say whether it is as good as the original: 0 yes, 1 no.
 
     \b
-    convert-drafter verify dflash-Qwen3.6-27B-Q8_0.gguf --target Qwen3.6-27B --source Qwen3.6-27B-DFlash
+    convert-drafter verify dflash-Qwen3.6-27B-Q8_0.gguf \\
+        --target Qwen3.6-27B --source Qwen3.6-27B-DFlash
     """
     places = {report.write_json: json_out, html.write_page: html_out}
     written = {write: path for write, path in places.items() if path is not None and path != STDOUT}
