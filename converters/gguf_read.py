@@ -152,6 +152,12 @@ class _Cursor:
         return tuple([self.string(what) for _ in range(count)])
 
 
+class _PartReader(_Cursor):
+    """Takes a part of a model for what it is."""
+
+    whole = False
+
+
 class _Skimmer(_Cursor):
     """Walks over long lists without decoding them, and takes a part of a model for what it is."""
 
@@ -195,6 +201,12 @@ def read_gguf(path: Path) -> GGUFFile:
     return replace(file, offsets=_offsets(cursor, file.tensors, relative, file.alignment))
 
 
+def read_part(path: Path) -> GGUFFile:
+    """`read_gguf` of a file that may be one of several of a model."""
+    file, cursor, relative = _read(path, _PartReader)
+    return replace(file, offsets=_offsets(cursor, file.tensors, relative, file.alignment), parts=_parts(file.keys))
+
+
 def skim_gguf(path: Path) -> GGUFFile:
     """`read_gguf` for many files: long lists are walked over, parts of a model and files cut short are taken as well.
 
@@ -204,14 +216,18 @@ def skim_gguf(path: Path) -> GGUFFile:
     assert isinstance(cursor, _Skimmer)
     skipped = {key: found for key in file.keys if (found := cursor.skipped.get(f"key {key!r}")) is not None}
     keys = {key: entry for key, entry in file.keys.items() if key not in skipped}
-    count = keys.get(SPLIT_COUNT)
-    parts = count.value if count is not None and isinstance(count.value, int) else 1
     offsets, fault = dict[str, int](), ""
     try:
         offsets = _offsets(cursor, file.tensors, relative, file.alignment)
     except WrongInput as error:
         fault = str(error).removeprefix(f"{path}: ")
-    return GGUFFile(path, file.version, file.alignment, keys, file.tensors, offsets, skipped, fault, max(1, parts))
+    return replace(file, keys=keys, offsets=offsets, skipped=skipped, fault=fault, parts=_parts(keys))
+
+
+def _parts(keys: dict[str, KeyValue]) -> int:
+    """Of how many files this is one."""
+    count = keys.get(SPLIT_COUNT)
+    return max(1, count.value) if count is not None and isinstance(count.value, int) else 1
 
 
 def _read(path: Path, walker: type[_Cursor]) -> tuple[GGUFFile, _Cursor, list[int]]:

@@ -108,10 +108,15 @@ class DrafterSpec:
         return replace(self, head_dim=self.sliding.head_dim, kv_head_count=kv_heads, rope=own)
 
     @property
+    def has_chained_heads(self) -> bool:
+        """Whether each of its layers drafts one token; any other drafter runs all of them for every token."""
+        return self.kind in HEADS and self.layer_count > 1
+
+    @property
     def draft_length(self) -> int:
         """The most tokens drafted in one step: a block without its anchor; a chain ends where llama.cpp ends it."""
-        if self.block_size is None:  # of several heads each drafts once
-            return self.layer_count if self.layer_count > 1 else CHAIN_LENGTH
+        if self.block_size is None:
+            return self.layer_count if self.has_chained_heads else CHAIN_LENGTH
         return self.block_size if self.sample_from_anchor else self.block_size - 1
 
     @property

@@ -13,7 +13,9 @@ from typing import Any
 
 import click
 
+from convert_drafter.converters.commands.options import RECIPE
 from convert_drafter.converters.errors import WrongUsage
+from convert_drafter.converters.recipes import expected_recipe
 
 # what belongs to a terminal, or is never right unattended: a batch always skips what is up to date
 NOT_IN_JOBS = ("dry_run", "only_changed", "as_json", "repair", "help")
@@ -54,7 +56,7 @@ def read_value(param: click.Parameter, value: Any, folder: Path) -> Any:
         whole: Any = found[0] if single else tuple(found)
         return param.callback(context, param, whole) if param.callback else whole
     except (click.UsageError, WrongUsage) as error:
-        raise BadValue(f"found {_shown(value)}, {_expected(param, error)}") from error
+        raise BadValue(f"found {_shown(value)}, {_expected(param, value, error)}") from error
 
 
 def _words(param: click.Parameter, value: Any) -> list[Any]:
@@ -76,7 +78,9 @@ def _shown(value: Any) -> str:
     return json.dumps(value, default=str)
 
 
-def _expected(param: click.Parameter, error: Exception) -> str:
+def _expected(param: click.Parameter, value: Any, error: Exception) -> str:
+    if param.type is RECIPE:  # thirty and more names would bury the other problems
+        return f"{expected_recipe(str(value))} (`list recipes` has all)"
     if isinstance(param.type, click.Choice):
         return f"expected one of {', '.join(map(str, param.type.choices))}"
     message = error.message if isinstance(error, click.ClickException) else str(error)

@@ -14,13 +14,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from convert_drafter.converters.errors import WrongInput
+from convert_drafter.converters.gguf_model import PART
 from convert_drafter.converters.json_text import json_object
 from convert_drafter.converters.provenance import source_of
 from convert_drafter.converters.scan.found import Skipped
 from convert_drafter.converters.weight_files import INDEX, WEIGHTS
 
 GGUF = ".gguf"
-PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 BLOB = re.compile(r"sha256-[0-9a-f]{64}")
 UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".aria2", ".download")
 OLLAMA_MODEL = "application/vnd.ollama.image.model"
