@@ -69,7 +69,7 @@ SIGNATURES = (
     Signature("DSpark inside DeepSeek-V4", r"mtp\.\d+\.(main_proj|main_norm|markov_head)\."),
     Signature("dspark", r"(dspark_)?(markov_head\.)?markov_w1|markov_head\."),
     Signature("Domino", r"domino_|prefix_gru\."),
-    Signature(MTP, r"mtp(_layers)?\.|layers\.\d+\.eh_proj\."),
+    Signature(MTP, r"mtp(_[a-z]+)*\.|layers\.\d+\.eh_proj\."),
     Signature("Laguna DFlash", r"aux_hidden_norms?\.|layers\.\d+\.self_attn\.(g_proj|qkv_proj)\."),
     Signature("gemma4-assistant", r"pre_projection\."),
     Signature("EAGLE-3 with multi-head latent attention", r"midlayer\.self_attn\.(q_a|q_b|kv_a|kv_b)_"),

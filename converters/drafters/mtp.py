@@ -46,6 +46,9 @@ REFUSED = {
         f"{NO_RUNTIME}: llama.cpp reads its head past and has no graph for it",
     ),
     "NemotronHPuzzleForCausalLM": f"{NO_RUNTIME}: llama.cpp's converter drops it (conversion/nemotron.py)",
+    "HYV4ForCausalLM": f"{NO_RUNTIME}: llama.cpp's converter drops it (conversion/hy_v4.py)",
+    "Ernie4_5_MoeForCausalLM": f"{NO_RUNTIME}: llama.cpp's converter drops it (conversion/ernie.py)",
+    "GlmOcrForConditionalGeneration": f"{NO_RUNTIME}: llama.cpp keeps its tensors and has no graph for them",
     "BailingMoeV2ForCausalLM": f"{NO_RUNTIME}: llama.cpp keeps its tensors and has no graph for them",
 }
 
