@@ -31,7 +31,7 @@ def prepare_attach(job: ConvertJob) -> Conversion:
     conversion = prepare(job)
     cell, spec = conversion.cell, conversion.published.spec
     if cell.launch_attached is None:
-        raise WrongUsage(f"--attach: a {cell.kind} drafter is a model of its own, expected an MTP head")
+        raise WrongUsage(f"--attach: a {cell.kind} drafter {cell.apart}")
     base = read_gguf(fetch_header(job.attach))
     refuse_overwriting(job.out, [base.path])
     _check_architecture(base, cell)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from convert_drafter.converters.card import Card, CardFile, making_command, recipe_of
 from convert_drafter.converters.drafters import KINDS
 from convert_drafter.converters.errors import plain
+from convert_drafter.converters.json_text import value_at
 from convert_drafter.converters.launch.line import launch_line
 
 
@@ -48,7 +50,20 @@ def _about(card: Card) -> list[str]:
     if source is not None:
         lines.append(f"- Converted from `{_code(source)}`.")
     lines.append(f"- For {drafter.cell.runtime}; what it loads was read in {drafter.cell.source}.")
+    if ran := list(_ran_in(card)):
+        lines.append(f"- Verified in {', '.join(ran)}.")
     return lines
+
+
+# where a verdict's settings have the version of the program that loaded the file (docs/verify.md)
+RAN_IN = {"llama-server": ("llama.cpp", "file", "llama-server"), "torch": ("torch", "torch")}
+
+
+def _ran_in(card: Card) -> Iterator[str]:
+    """Engines that loaded one of the files and ran it, by name and version."""
+    settings = [verdict.get("settings") for file in card.files for verdict in file.verdicts]
+    found = [(name, value_at(table, path)) for table in settings for name, path in RAN_IN.items()]
+    yield from dict.fromkeys(f"{name} {_plain(version)}" for name, version in found if isinstance(version, str))
 
 
 def _running(card: Card) -> list[str]:
@@ -82,40 +97,61 @@ def _types(card: Card) -> list[str]:
 
 
 def _acceptance(card: Card) -> list[str]:
-    rows = [row for file in card.files for verdict in file.verdicts for row in _measured(file, verdict)]
-    if not rows:
+    walks = [(file, verdict, gate) for file in card.files for verdict, gate in _measured(file)]
+    if not walks:
         return []
-    places = max(len(row[1]) for row in rows)
-    head = ("file", "engine", "prompts", "tokens per step", "original", "difference", *map(str, range(1, places + 1)))
-    filled = [(*row[0], *row[1], *["-"] * (places - len(row[1]))) for row in rows]
+    head = ("file", "engine", "prompts", "tokens per step", "original", "difference")
     note = [
-        "Tokens committed per verify step of the target, its own included, and by draft position the share of accepted",
-        "drafts; `original` is the unquantized checkpoint on the same prompts, the difference has a 95 % interval.",
+        "Tokens committed per verify step of the target, its own included; `original` is the unquantized checkpoint on",
+        "the same prompts. Intervals are of 95 %, over prompts.",
     ]
-    return ["## Acceptance", "", *_table(head, filled), "", *note]
+    return ["## Acceptance", "", *_table(head, [_row(*walk) for walk in walks]), "", *note, *_by_position(walks)]
 
 
-def _measured(file: CardFile, verdict: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
-    figures: dict[str, Any] = next(
-        (g["figures"] for g in verdict.get("gates", ()) if g.get("name") == "acceptance"), {}
+Walk = tuple[CardFile, Mapping[str, Any], Mapping[str, Any]]  # a file, a verdict of it, the figures of its acceptance
+
+
+def _measured(file: CardFile) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    for verdict in file.verdicts:
+        gates = (gate for gate in verdict.get("gates", ()) if gate.get("name") == "acceptance")
+        figures: dict[str, Any] = next((gate["figures"] for gate in gates), {})
+        if figures.get("file"):
+            yield verdict, figures
+
+
+def _row(file: CardFile, verdict: Mapping[str, Any], figures: Mapping[str, Any]) -> tuple[str, ...]:
+    walk, original = figures["file"], figures.get("original") or {}
+    return (
+        f"`{_code(file.path.name)}`",
+        _plain(str(verdict.get("engine"))),
+        str(figures.get("prompts", "-")),
+        _with_interval(walk.get("length"), walk.get("length_interval"), ".2f"),
+        _share(original.get("length"), ".2f"),
+        _with_interval(figures.get("difference"), figures.get("interval"), "+.1%"),
     )
-    walk, original = figures.get("file"), figures.get("original")
-    if not walk:
-        return
-    change, interval = _share(figures.get("difference"), "+.1%"), figures.get("interval")
-    if isinstance(interval, list) and all(map(_is_number, interval)):
-        change += " ({} to {})".format(*(_share(end, "+.1%") for end in interval))
-    yield (
-        (
-            f"`{_code(file.path.name)}`",
-            _plain(str(verdict.get("engine"))),
-            str(figures.get("prompts", "-")),
-            _share(walk.get("length"), ".2f"),
-            _share((original or {}).get("length"), ".2f"),
-            change,
-        ),
-        tuple(_share(share, ".0%") for share in walk.get("by_position", ())),
-    )
+
+
+def _by_position(walks: Sequence[Walk]) -> list[str]:
+    """A row for each draft position, a column for each file; none where no engine tells positions apart."""
+    several = len({verdict.get("engine") for _, verdict, _ in walks}) > 1
+    columns, names = [], []
+    for file, verdict, figures in walks:
+        shares, intervals = (figures["file"].get(key) or [] for key in ("by_position", "by_position_interval"))
+        if shares:
+            names.append(f"`{_code(file.path.name)}`" + (f", {_plain(str(verdict.get('engine')))}" if several else ""))
+            columns.append([_with_interval(*pair, ".0%") for pair in zip_longest(shares, intervals[: len(shares)])])
+    if not columns:
+        return []
+    rows = zip_longest(*columns, fillvalue="-")
+    numbered = [(str(i), *row) for i, row in enumerate(rows, 1)]
+    return ["", "Share of accepted drafts by draft position:", "", *_table(("position", *names), numbered)]
+
+
+def _with_interval(value: Any, interval: Any, how: str) -> str:
+    shown = _share(value, how)
+    if isinstance(interval, list) and interval and all(map(_is_number, interval)):
+        shown += " ({} to {})".format(*(_share(end, how) for end in interval))
+    return shown
 
 
 def _is_number(value: Any) -> bool:

@@ -88,8 +88,12 @@ def read_drafter_file(
 
     Raises `WrongUsage` for a setting that is no fact, `WrongInput` naming key and --set for a fact that is nowhere.
     """
-    given, file = given_facts(settings or {}), read_gguf(path)
-    cell = cell_of_file(file)
+    return drafter_in(read_gguf(path), settings, target)
+
+
+def drafter_in(file: GGUFFile, settings: Mapping[str, str] | None = None, target: Target | None = None) -> DrafterFile:
+    """`read_drafter_file` of a file whose headers are read already."""
+    given, cell = given_facts(settings or {}), cell_of_file(file)
     file = own_part(file, cell)
     facts = _read_facts(file, cell, given, target)
     spec = _spec(file, facts)

@@ -17,7 +17,7 @@ import numpy as np
 from convert_drafter.converters.checkpoint import DTYPES, Array, Checkpoint, Headers, TensorHeader, read_rows
 from convert_drafter.converters.errors import Problems
 
-EACH = re.compile(r"(.*\.(?:mlp|mixer)\.experts\.)(\d{1,6})\.((?:gate|up|down)_proj)\.weight")
+EACH = re.compile(r"(.*\.(?:mlp|mixer|ffn)\.experts\.)(\d{1,6})\.((?:gate|up|down)_proj|w[123])\.weight")
 FUSED = re.compile(r"(.*\.mlp\.experts\.)gate_up_proj(?:\.weight)?")
 BARE = re.compile(r"(.*\.(?:mlp|mixer)\.experts\.(?:gate|up|down)_proj)")
 MEND = "download the file again or use another release"

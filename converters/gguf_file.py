@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import reprlib
 import struct
 from collections import Counter
@@ -35,8 +34,6 @@ Chunks = Iterable[npt.NDArray[Any]]
 Advance = Callable[[int], None]
 T = GGUFValueType
 
-# how llama-gguf-split names the parts of a model
-PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 ARCHITECTURE, ALIGNMENT = "general.architecture", "general.alignment"
 DEFAULT_ALIGNMENT, MAX_ALIGNMENT = 32, 2**20
 MAX_DIMS, MAX_NAME = 4, 63  # bytes of a tensor name; ggml's limit of 64 counts its closing zero

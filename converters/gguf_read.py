@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
@@ -31,6 +31,7 @@ from convert_drafter.converters.gguf_file import (
 )
 
 E = TypeVar("E", GGUFValueType, GGMLQuantizationType)
+Read = Callable[[int], bytes]  # so many bytes of a file, from its start on
 SPLIT_COUNT = "split.count"
 MAX_METADATA = 2**26  # bytes; the largest vocabularies fill a third
 LONG = 1024  # entries of a list that skimming walks over; what tells a layer from another is shorter
@@ -88,19 +89,13 @@ class GGUFFile:
             yield self.tensor_bytes(name, start, min(start + step, size)).reshape(-1, row)
 
 
-class Readable(Protocol):
-    """A file from its start."""
-
-    def read(self, count: int, /) -> bytes: ...
-
-
 class _Cursor:
     """Walks the metadata from the file's start; a length is held against the file before it is believed."""
 
     at_once, whole = 2**20, True  # bytes read at a time; whether a part of a model is refused
 
-    def __init__(self, path: Path, file: Readable, size: int) -> None:
-        self.path, self.file, self.size = path, file, size
+    def __init__(self, path: Path, read: Read, size: int) -> None:
+        self.path, self.read, self.size = path, read, size
         self.at, self.data, self.limit = 0, bytearray(), min(self.size, MAX_METADATA)
 
     def wrong(self, what: str, found: object, expected: object) -> WrongInput:
@@ -113,7 +108,7 @@ class _Cursor:
             return
         if end > self.limit:
             raise self.wrong(what, f"{self.limit - self.at} bytes left", f"{count}: truncated or damaged")
-        self.data += self.file.read(max(end - len(self.data), self.at_once))
+        self.data += self.read(max(end - len(self.data), self.at_once))
         if end > len(self.data):
             raise self.wrong(what, f"{len(self.data)} bytes in the file", f"{self.size}; it changed while being read")
 
@@ -157,8 +152,8 @@ class _Cursor:
         return tuple([self.string(what) for _ in range(count)])
 
 
-class _OfAPart(_Cursor):
-    """Takes the first part of a model for its keys."""
+class _PartReader(_Cursor):
+    """Takes a part of a model for what it is."""
 
     whole = False
 
@@ -168,8 +163,8 @@ class _Skimmer(_Cursor):
 
     at_once, whole = 2**14, False
 
-    def __init__(self, path: Path, file: Readable, size: int) -> None:
-        super().__init__(path, file, size)
+    def __init__(self, path: Path, read: Read, size: int) -> None:
+        super().__init__(path, read, size)
         self.skipped: dict[str, Skipped] = {}
 
     def values(self, kind: GGUFValueType, count: int, what: str) -> tuple[Scalar, ...]:
@@ -200,13 +195,16 @@ class _Skimmer(_Cursor):
         self.at = at
 
 
-def read_gguf(path: Path, whole: bool = True) -> GGUFFile:
-    """Read and check all metadata of a little-endian GGUF, version 2 or 3, and no tensor data; raises `WrongInput`.
-
-    Unless it has to be `whole`, the first part of a model will do, which has all keys.
-    """
-    file, cursor, relative = _read(path, _Cursor if whole else _OfAPart)
+def read_gguf(path: Path) -> GGUFFile:
+    """Read and check all metadata of a little-endian GGUF, version 2 or 3, and no tensor data; raises `WrongInput`."""
+    file, cursor, relative = _read(path, _Cursor)
     return replace(file, offsets=_offsets(cursor, file.tensors, relative, file.alignment))
+
+
+def read_part(path: Path) -> GGUFFile:
+    """`read_gguf` of a file that may be one of several of a model."""
+    file, cursor, relative = _read(path, _PartReader)
+    return replace(file, offsets=_offsets(cursor, file.tensors, relative, file.alignment), parts=_parts(file.keys))
 
 
 def skim_gguf(path: Path) -> GGUFFile:
@@ -218,14 +216,18 @@ def skim_gguf(path: Path) -> GGUFFile:
     assert isinstance(cursor, _Skimmer)
     skipped = {key: found for key in file.keys if (found := cursor.skipped.get(f"key {key!r}")) is not None}
     keys = {key: entry for key, entry in file.keys.items() if key not in skipped}
-    count = keys.get(SPLIT_COUNT)
-    parts = count.value if count is not None and isinstance(count.value, int) else 1
     offsets, fault = dict[str, int](), ""
     try:
         offsets = _offsets(cursor, file.tensors, relative, file.alignment)
     except WrongInput as error:
         fault = str(error).removeprefix(f"{path}: ")
-    return GGUFFile(path, file.version, file.alignment, keys, file.tensors, offsets, skipped, fault, max(1, parts))
+    return replace(file, keys=keys, offsets=offsets, skipped=skipped, fault=fault, parts=_parts(keys))
+
+
+def _parts(keys: dict[str, KeyValue]) -> int:
+    """Of how many files this is one."""
+    count = keys.get(SPLIT_COUNT)
+    return max(1, count.value) if count is not None and isinstance(count.value, int) else 1
 
 
 def _read(path: Path, walker: type[_Cursor]) -> tuple[GGUFFile, _Cursor, list[int]]:
@@ -233,14 +235,14 @@ def _read(path: Path, walker: type[_Cursor]) -> tuple[GGUFFile, _Cursor, list[in
     if path.exists() and not path.is_file() and not path.is_dir():
         raise WrongInput(f"{path}: is a device or a pipe, expected a file")
     with file_access(path, "read"), path.open("rb") as file:
-        cursor = walker(path, file, os.fstat(file.fileno()).st_size)
+        cursor = walker(path, file.read, os.fstat(file.fileno()).st_size)
         found, relative = _walk(cursor)
     return found, cursor, relative
 
 
-def walk_metadata(path: Path, file: Readable, size: int) -> None:
+def walk_metadata(path: Path, read: Read, size: int) -> None:
     """Read all metadata of a file that comes bit by bit, of `size` bytes; `WrongInput` where it cannot be read."""
-    _walk(_Skimmer(path, file, size))
+    _walk(_Skimmer(path, read, size))
 
 
 def _walk(cursor: _Cursor) -> tuple[GGUFFile, list[int]]:

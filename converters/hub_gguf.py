@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from convert_drafter.converters.errors import WrongInput
-from convert_drafter.converters.gguf_file import PART
+from convert_drafter.converters.gguf_model import PART
 from convert_drafter.converters.gguf_read import GGUFFile, walk_metadata
 from convert_drafter.converters.holes import FileWithHoles, Start, has_holes
 from convert_drafter.converters.repository import (
@@ -196,7 +196,7 @@ def header_of(remote: RemoteGGUF) -> Path:
         if not partly.complete_header:
             start = Start(partly)
             try:
-                walk_metadata(Path(str(remote)), start, partly.size)
+                walk_metadata(Path(str(remote)), start.read, partly.size)
             except WrongInput:
                 if start.failed:
                     raise  # else whoever reads the file finds the same fault of it

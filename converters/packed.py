@@ -71,6 +71,7 @@ class Scheme:
 
 FLOATS = ("F32", "BF16", "F16")
 FP8_BLOCKS = Scheme("FP8", "fp8", "", "F8_E4M3", E4M3, "_scale_inv", (*FLOATS, "F8_E8M0"))
+FP4_GROUPS = Scheme("FP4", "fp8", "", "I8", E2M1, "_scale_inv", ("F8_E8M0",), grid=(1, 32))  # experts of DeepSeek-V4
 FP8 = Scheme("FP8", "float-quantized", "", "F8_E4M3", E4M3, "_scale", FLOATS)
 INT = Scheme("INT8", "int-quantized", "", "I8", INT8, "_scale", FLOATS, zeros=("I8",))
 PACKED_INT4 = Scheme("INT4", "pack-quantized", "_packed", "I32", INT4_UP, "_scale", FLOATS, zeros=("I32", "I8"))

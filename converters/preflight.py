@@ -70,7 +70,7 @@ def preflight(source: Path, target: Path | None, plans: Plans | None = None) -> 
     if conversion is None:
         return (paths, facts)
     cell, spec = conversion.cell, conversion.published.spec
-    return (paths, facts, _tokenizer(conversion), *served(cell, spec, plans), _disk(conversion, plans))
+    return (paths, facts, tokenizer_gate(conversion), *served(cell, spec, plans), _disk(conversion, plans))
 
 
 def beside_file(path: Path, target: Path | None, plans: Plans) -> tuple[Gate, ...]:
@@ -148,7 +148,7 @@ def _facts(source: Path, target: Path | None, plans: Plans) -> tuple[Gate, Conve
     return Gate("facts", outcome, f"{summary}; {_count(list(warnings), 'warning', 'warnings')}", warnings), conversion
 
 
-def _tokenizer(conversion: Conversion) -> Gate:
+def tokenizer_gate(conversion: Conversion) -> Gate:
     """A2-23: the ordered vocabulary's hash tells a pair that does not belong together for certain."""
     published, name = conversion.published, "tokenizer"
     root, path, target = published.checkpoint.root, published.target_path, published.target

@@ -35,6 +35,7 @@ REFUSED = {
 }
 COMPANION = re.compile(r"(.*)(_packed|_blocks|_scale|_scale_inv|_scale_2|_scales|_global_scale|_zero_point|_shape)")
 PACKED = (packed.PACKED_INT4, packed.PACKED_INT8)
+SCALE, LONG_SCALE = re.compile(r"(.*)\.scale"), ".weight_scale_inv"  # DeepSeek's own name of a scale, and the usual one
 BLOCK_BYTES = 16  # of a block of MXFP4, which is 32 weights
 ADVICE = "download the file again or use another release"
 
@@ -48,12 +49,22 @@ def expand(checkpoint: Checkpoint, reader: ConfigReader, ignore: Sequence[str] =
     stated = statement(reader, checkpoint.root)
     if stated is None:
         return checkpoint
-    found = _Grouping(stated, checkpoint.tensors, ignore).run()
+    found = _Grouping(stated, _usual_names(checkpoint.tensors), ignore).run()
     if found.problems:
         raise Problems(f"{checkpoint.root}: {stated.origin}", found.problems)
     reader.origins["quantization"] = stated.origin
     logical = dict(sorted(found.logical.items()))
     return replace(checkpoint, tensors=logical, quantization=_summary(stated.method, logical), left_out=found.left_out)
+
+
+def _usual_names(raw: Mapping[str, TensorHeader]) -> dict[str, TensorHeader]:
+    """`X.scale` beside `X.weight` is `X.weight_scale_inv` by another name (DeepSeek-V4; transformers renames it)."""
+    named = {}
+    for name, header in raw.items():
+        own = SCALE.fullmatch(name)
+        usual = f"{own[1]}{LONG_SCALE}" if own and f"{own[1]}.weight" in raw else name
+        named[usual] = replace(header, name=usual)
+    return named
 
 
 def _summary(method: str, tensors: Headers) -> str:
@@ -142,6 +153,8 @@ def _scheme(stem: str, schemes: list[Scheme], raw: Mapping[str, TensorHeader]) -
     scaled = [scheme for scheme in schemes if stem + scheme.scale in raw]
     if not scaled:
         names = " or ".join(dict.fromkeys(stem + scheme.scale for scheme in schemes))
+        if names == f"{stem.removesuffix('.weight')}{LONG_SCALE}":
+            names += f" or {stem.removesuffix('.weight')}.scale"
         raise WrongInput(f"{codes.name} ({codes.dtype}): missing {names}, its scale")
     typed = [scheme for scheme in scaled if raw[stem + scheme.scale].dtype in scheme.scale_dtypes]
     if not typed:

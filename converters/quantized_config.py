@@ -85,12 +85,17 @@ Grids: TypeAlias = tuple[Grid, ...]
 
 
 def _fp8(reader: ConfigReader, key: str) -> tuple[Schemes, Grids]:
-    """`weight_scale_inv` for blocks; without blocks one scale a tensor, which older releases call `weight_scale`."""
+    """`weight_scale_inv` for blocks; without blocks one scale a tensor, which older releases call `weight_scale`.
+
+    Where scales are powers of two there may be experts in four bits (DeepSeek-V4), which the tensors tell.
+    """
     reader.expect(f"{key}.fmt", "e4m3", "other 8-bit floats are not read")
     block = reader.find_list(f"{key}.weight_block_size", int, f"{key}.weight_block_size")
     if block is None:
         return (packed.FP8_BLOCKS, packed.FP8), (TENSOR,)
-    return (packed.FP8_BLOCKS,), (_block(reader, f"{key}.weight_block_size", block),)
+    powers = reader.find(f"{key}.scale_fmt", str, f"{key}.scale_fmt") == "ue8m0"
+    schemes = (packed.FP8_BLOCKS, *([packed.FP4_GROUPS] if powers else []))
+    return schemes, (_block(reader, f"{key}.weight_block_size", block),)
 
 
 def _block(reader: ConfigReader, path: str, found: object) -> Grid:

@@ -84,6 +84,10 @@ KEPT_IN_DRAFTERS = (
         "MTP head", ("*nextn.*proj*", "*nextn.shared_head_head.*"),
         why="a head at 4 bits had 0-4 % of its tokens accepted where 8 bits had 39-59 %",
     ),
+    Named(
+        "mixing of streams", ("*hc_attn_fn.weight", "*hc_ffn_fn.weight", "output_hc_fn.weight"),
+        why="a few rows that all streams pass through; F32 in the releases and in llama.cpp's converter",
+    ),
 )  # fmt: skip
 LEAST = "Q8_0"
 DRAFTER = "-drafter"  # behind the name of a recipe that keeps them
@@ -138,15 +142,19 @@ RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _OF_LLAMA_QUANTI
 }
 
 
-def no_recipe(name: str) -> str:
-    """What to say of a name that is no recipe: what may be meant, and all there are, in lines of a terminal."""
+def expected_recipe(name: str) -> str:
+    """What to say in place of a name that is no recipe: what may be meant."""
     upper = {known.upper(): known for known in RECIPES}
     near = [upper[known] for known in get_close_matches(name.upper(), upper, 2)]
-    meant = f"; did you mean {' or '.join(near)}?" if near else ""
+    return "expected a recipe" + (f"; did you mean {' or '.join(near)}?" if near else "")
+
+
+def no_recipe(name: str) -> str:
+    """What to say of a name that is no recipe: what may be meant, and all there are, in lines of a terminal."""
     plain = [known for known in RECIPES if not known.endswith(DRAFTER)]
     of_drafters = [known.removesuffix(DRAFTER) for known in RECIPES if known.endswith(DRAFTER)]
     kept = f"and with {DRAFTER} behind it (fc, selector, Markov and MTP heads not below {LEAST}):"
-    return "\n".join([f"found {name!r}, expected a recipe{meant}", *_lines(plain), kept, *_lines(of_drafters)])
+    return "\n".join([f"found {name!r}, {expected_recipe(name)}", *_lines(plain), kept, *_lines(of_drafters)])
 
 
 def _lines(names: list[str]) -> list[str]:

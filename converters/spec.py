@@ -7,7 +7,7 @@ from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
 
 from convert_drafter.converters.errors import BadFact
-from convert_drafter.converters.spec_kinds import BEFORE_NORM, HEADS, MAMBA, OF_KIND
+from convert_drafter.converters.spec_kinds import BEFORE_NORM, HEADS, OF_KIND, POSITIVE
 from convert_drafter.converters.spec_parts import (
     MROPE_SECTIONS,
     NO_ROPE,
@@ -28,6 +28,7 @@ from convert_drafter.converters.spec_parts import (
     Trunk,
     yarn_attention,
 )
+from convert_drafter.converters.spec_streams import Compression, SharedKey, Streams
 
 MAX_VOCAB = 2**24
 
@@ -77,6 +78,9 @@ class DrafterSpec:
     latent_attention: LatentAttention | None = None
     indexer: Indexer | None = None
     delta_attention: DeltaAttention | None = None
+    shared_key: SharedKey | None = None
+    streams: Streams | None = None
+    compression: Compression | None = None
     experts: Experts | None = None
     trunk: Trunk | None = None
     state_space: StateSpace | None = None
@@ -104,10 +108,15 @@ class DrafterSpec:
         return replace(self, head_dim=self.sliding.head_dim, kv_head_count=kv_heads, rope=own)
 
     @property
+    def has_chained_heads(self) -> bool:
+        """Whether each of its layers drafts one token; any other drafter runs all of them for every token."""
+        return self.kind in HEADS and self.layer_count > 1
+
+    @property
     def draft_length(self) -> int:
         """The most tokens drafted in one step: a block without its anchor; a chain ends where llama.cpp ends it."""
-        if self.block_size is None:  # of several heads each drafts once
-            return self.layer_count if self.layer_count > 1 else CHAIN_LENGTH
+        if self.block_size is None:
+            return self.layer_count if self.has_chained_heads else CHAIN_LENGTH
         return self.block_size if self.sample_from_anchor else self.block_size - 1
 
     @property
@@ -124,7 +133,7 @@ class DrafterSpec:
         facts = facts_of(self)
         for field in sorted(OF_KIND.get(self.kind, frozenset()) - set(facts)):
             raise BadFact(field, None, "a value")
-        for field in _POSITIVE:
+        for field in POSITIVE:
             if facts.get(field, 1) <= 0:  # type: ignore[operator]
                 raise BadFact(field, facts[field], "a number above 0")
         for field, ok, expected in self._contradictions():
@@ -134,6 +143,8 @@ class DrafterSpec:
     def _contradictions(self) -> list[tuple[str, bool, str]]:
         """(field, holds, expected) for every rule that one config can break."""
         layers, depth, block, mask = self.capture_layers, self.target_layer_count, self.block_size, self.mask_token_id
+        parts = 1 if self.shared_key is None else self.shared_key.output_groups
+        hashed = 0 if self.trunk is None else self.trunk.hash_layer_count or 0
         group = 1 if self.convolution is None else self.convolution.group_size
         return [
             ("kv_head_count", self.head_count % self.kv_head_count == 0, f"a divisor of head_count {self.head_count}"),
@@ -152,12 +163,20 @@ class DrafterSpec:
                 self.latent_attention is None or self.rope.dimensions < self.head_dim,
                 f"below head_dim {self.head_dim}: a part of each key is not rotated",
             ),
+            ("indexer.head_dim", self._fits_indexer(), f"at least the {self.rope.dimensions} rotated dimensions"),
+            ("shared_key.output_groups", self.head_count % parts == 0, f"a divisor of head_count {self.head_count}"),
+            ("trunk.hash_layer_count", hashed <= depth, f"at most the target's depth {depth}"),
             ("context_theta", self.context_theta is None or self.context_theta > 0, "a theta above 0"),
             ("sliding.head_dim", self.sliding is None or self.window is not None, "none where no layer slides"),
             ("draft_vocab_size", (self.draft_vocab_size or 1) <= self.vocab_size, f"at most {self.vocab_size}"),
             ("convolution.group_size", self.hidden_size % group == 0, f"a divisor of hidden_size {self.hidden_size}"),
             *self._lengths(),
         ]
+
+    def _fits_indexer(self) -> bool:
+        """Where an indexer has heads like the others, as many of their dimensions are rotated (Qwen4Exp)."""
+        own = self.indexer
+        return own is None or own.pool_size is None or self.rope.dimensions <= own.head_dim
 
     def _lengths(self) -> Iterator[tuple[str, bool, str]]:
         """The same of lists with an entry for each layer, the drafter's or its target's."""
@@ -174,30 +193,11 @@ class DrafterSpec:
 
 
 CHAIN_LENGTH = 3
-_OF_TARGET_LAYERS = ("linear_attention.layers", "delta_attention.layers", "indexer.layers")  # lists
+_OF_TARGET_LAYERS = ("linear_attention.layers", "delta_attention.layers", "indexer.layers", "compression.ratios")
 OF_EACH_LAYER = (
     *("sliding_layers", "attention_layers", "mixture_layers", "head_counts", "kv_head_counts"),
     *("expert_clamps", "shared_clamps"),
 )
-_POSITIVE = (
-    *MAMBA,
-    "layer_count", "hidden_size", "feed_forward_size", "head_count", "kv_head_count", "head_dim", "context_length",
-    "vocab_size", "norm_epsilon", "target_layer_count", "target_hidden_size",
-    "convolution.kernel_size", "convolution.group_size", "selector.rank", "selector.top_k",
-    "markov_rank", "draft_vocab_size",
-    "linear_attention.kernel_size", "linear_attention.key_head_dim", "linear_attention.key_head_count",
-    "linear_attention.value_head_count", "linear_attention.value_head_dim",
-    "latent_attention.query_rank", "latent_attention.kv_rank", "latent_attention.value_head_dim",
-    "delta_attention.kernel_size", "delta_attention.head_dim",
-    "indexer.head_count", "indexer.head_dim", "indexer.top_k",
-    "experts.latent_size",
-    "experts.count", "experts.used", "experts.shared_feed_forward_size", "experts.groups", "experts.groups_used",
-    "trunk.feed_forward_size", "trunk.window_size", "layer_norm_epsilon", "value_head_dim",
-    "trunk.rope_theta", "trunk.expert_feed_forward_size", "trunk.experts.count", "trunk.experts.used",
-    "trunk.experts.shared_feed_forward_size", "trunk.experts.scale",
-    # a zero in these keys means "none" to llama.cpp, and would mean something else here
-    "attention_value_scale", "embedding_scale", "logit_scale", "logit_softcap", "experts.scale",
-)  # fmt: skip
 
 
 # --- the spec as a flat table of facts: what dialects, inspect and doctor work on ---
@@ -214,6 +214,10 @@ _NESTED: dict[str, type] = {
     "latent_attention": LatentAttention,
     "indexer": Indexer,
     "delta_attention": DeltaAttention,
+    "shared_key": SharedKey,
+    "streams": Streams,
+    "compression": Compression,
+    "compression.scaling": RopeScaling,
     "experts": Experts,
     "trunk": Trunk,
     "trunk.experts": Experts,
@@ -277,6 +281,7 @@ __all__ = [
     "NO_ROPE",
     "OF_KIND",
     "PAPER",
+    "Compression",
     "Convolution",
     "DeltaAttention",
     "DrafterSpec",
@@ -288,9 +293,11 @@ __all__ = [
     "Rope",
     "RopeScaling",
     "Selector",
+    "SharedKey",
     "SlidingLayers",
     "SlidingWindow",
     "StateSpace",
+    "Streams",
     "Trunk",
     "facts_of",
     "required",

@@ -182,13 +182,21 @@ class Indexer:
     """What chooses the `top_k` positions that a query of sparse attention looks at (DeepSeek-V3.2, arXiv 2512.02556).
 
     `layers` says which of the target's layers choose for themselves, where not all do: the others take over the choice
-    of the layer before.
+    of the layer before. With a `pool_size` so many positions in a row are chosen together, by the mean of their keys
+    (Qwen4Exp).
     """
 
     head_count: int
     head_dim: int
     top_k: int
     layers: tuple[bool, ...] | None = None  # one per layer of the target, True = chooses
+    pool_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.pool_size is not None and self.pool_size < 2:
+            raise BadFact("indexer.pool_size", self.pool_size, "at least 2 positions that are chosen together")
+        if self.pool_size is not None and self.top_k % self.pool_size:
+            raise BadFact("indexer.top_k", self.top_k, f"a multiple of the {self.pool_size} chosen together")
 
 
 @dataclass(frozen=True)
@@ -210,7 +218,7 @@ class DeltaAttention:
             raise BadFact("delta_attention.lower_bound", self.lower_bound, "a finite number below 0")
 
 
-SCORINGS = ("softmax", "sigmoid")
+SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus")
 
 
 @dataclass(frozen=True)
@@ -220,7 +228,8 @@ class Experts:
     An expert's own width is the drafter's `feed_forward_size`. How experts are chosen and weighed is None where it
     goes without saying for the kind: `scoring` makes scores of a router's outputs, `normed` makes those of the chosen
     experts add up to one, `scale` multiplies them. Only experts in the `groups_used` best of `groups` are chosen. They
-    read and give states of `latent_size`, where that is not the drafter's hidden size.
+    read and give states of `latent_size`, where that is not the drafter's hidden size. What goes into an activation is
+    cut off at `limit`.
     """
 
     count: int
@@ -232,6 +241,7 @@ class Experts:
     groups: int | None = None
     groups_used: int | None = None
     latent_size: int | None = None
+    limit: float | None = None
 
     def __post_init__(self) -> None:
         if self.used > self.count:
@@ -253,7 +263,8 @@ class Trunk:
     each layer: which of them slide (over `window_size` tokens, where that is not the head's own), attend at all or are
     mixtures, how many heads they have, and where a mixture's activations are cut off (0: nowhere), of its experts and
     of the one that is always used. `rope_theta` and `llama3` are of full layers, where the head's slide; `experts` of a
-    mixture that the head has none of, `expert_feed_forward_size` the width of one.
+    mixture that the head has none of, `expert_feed_forward_size` the width of one. In the first `hash_layer_count`
+    layers a token itself says which experts it goes to.
     """
 
     dense_layer_count: int | None = None
@@ -270,6 +281,7 @@ class Trunk:
     expert_feed_forward_size: int | None = None
     expert_clamps: tuple[float, ...] = ()
     shared_clamps: tuple[float, ...] = ()
+    hash_layer_count: int | None = None
 
 
 @dataclass(frozen=True)

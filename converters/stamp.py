@@ -25,6 +25,7 @@ from convert_drafter.converters.drafters import needed
 from convert_drafter.converters.errors import DrafterError, WrongInput
 from convert_drafter.converters.file_hash import FileHash, hash_file
 from convert_drafter.converters.gguf_file import KeyValue
+from convert_drafter.converters.gguf_model import parts_of
 from convert_drafter.converters.hub import Part, fetch
 from convert_drafter.converters.hub_gguf import fetch_tensors
 from convert_drafter.converters.json_text import json_object
@@ -247,15 +248,18 @@ def _read_by(job: VerifyJob, outputs: tuple[Path, ...]) -> Iterator[tuple[str, P
             continue
         if not root.is_dir():
             yield name, root
+            yield from ((f"{name}/{part.name}", part) for part in parts_of(root) if part != root and part.exists())
             continue
         for path in sorted(root.rglob("*")):
             hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
             if path.is_file() and not hidden and not path.name.endswith(OURS_BESIDE) and path not in outputs:
                 yield f"{name}/{path.relative_to(root).as_posix()}", path
     if "llama.cpp" in job.engines:
-        from convert_drafter.converters.verify.in_llama_cpp.probe import find_server
+        from convert_drafter.converters.verify.in_llama_cpp.probe import find_server, libraries
 
-        yield "llama-server", find_server(job.server).path
+        program = find_server(job.server).path
+        yield "llama-server", program
+        yield from ((f"llama-server/{path.name}", path) for path in libraries(program))
 
 
 def _planned(tensor: PlannedTensor) -> str:

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 from convert_drafter.converters.config import ConfigReader, lookup
 from convert_drafter.converters.errors import WrongInput
 from convert_drafter.converters.gguf_file import KeyValue
-from convert_drafter.converters.gguf_read import GGUFFile, read_gguf
+from convert_drafter.converters.gguf_model import PART, read_model
+from convert_drafter.converters.gguf_read import GGUFFile
 from convert_drafter.converters.repository import name_of
 from convert_drafter.converters.tokenizer import TOKENS, Tokenizer, copy_tokenizer, read_json, read_tokenizer
 
@@ -59,14 +60,14 @@ class Target:
 
 def read_target(path: Path) -> Target:
     """The target in a Hugging Face folder (its config.json) or a GGUF file; `WrongInput` names what is missing."""
-    return _from_config(path) if _is_folder(path) else _from_gguf(path, read_gguf(path, whole=False))
+    return _from_config(path) if _is_folder(path) else _from_gguf(path, read_model(path))
 
 
 def target_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     """The tokenizer of the target at `path`, with exactly `vocab_size` tokens."""
     if _is_folder(path):
         return read_tokenizer(path, vocab_size)
-    keys = read_gguf(path, whole=False).keys
+    keys = read_model(path).keys
     try:
         return copy_tokenizer(keys, vocab_size)
     except WrongInput as error:
@@ -167,7 +168,7 @@ def _from_gguf(path: Path, file: GGUFFile) -> Target:
     sections = file.keys.get(f"{architecture}.rope.dimension_sections")
     room = f"{architecture}.context_length"
     return Target(
-        name=_key(path, file.keys, "general.name", str) if "general.name" in file.keys else path.stem,
+        name=_key(path, file.keys, "general.name", str) if "general.name" in file.keys else _stem(path),
         architecture=architecture,
         layer_count=_key(path, file.keys, f"{architecture}.block_count", int)
         - (_key(path, file.keys, nextn, int) if nextn in file.keys else 0),
@@ -178,6 +179,12 @@ def _from_gguf(path: Path, file: GGUFFile) -> Target:
         context_length=_key(path, file.keys, room, int) if room in file.keys else None,
         last_layers=_last_of_gguf(path, file.keys, architecture) if architecture == GEMMA4_GGUF else None,
     )
+
+
+def _stem(path: Path) -> str:
+    """The file's name, without its number among the parts of a model."""
+    part = PART.fullmatch(path.name)
+    return part["stem"] if part else path.stem
 
 
 def _last_of_gguf(path: Path, keys: Mapping[str, KeyValue], arch: str) -> tuple[CachedLayer, CachedLayer] | None:

@@ -48,6 +48,7 @@ TOLD: dict[str, Shapes] = {
     "zai-org__GLM-5.1": {"model.layers.78.eh_proj.weight": (2, 2), "model.layers.78.enorm.weight": (2,)},
     "XiaomiMiMo__MiMo-7B": {"model.mtp_layers.0.input_proj.weight": (2, 2)},
     "deepseek-ai__DeepSeek-V3-R1": {"model.layers.61.eh_proj.weight": (2, 2)},
+    "deepseek-ai__DeepSeek-V4-Flash": {"mtp.0.e_proj.weight": (2, 2), "mtp.0.h_proj.weight": (2, 2)},
     "deepseek-ai__DeepSeek-V4-Flash-0731": {"mtp.0.main_proj.weight": (2, 2)},
     "deepseek-ai__DeepSeek-V4-Pro-DSpark": {"mtp.0.main_proj.weight": (2, 2)},
     **{f"google__gemma-4-{size}-it-assistant": {"pre_projection.weight": (2, 2)} for size in ("26B-A4B", "31B")},

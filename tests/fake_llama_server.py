@@ -92,6 +92,9 @@ def main(settings: dict[str, Any]) -> None:
         time.sleep(settings.get("help_seconds", 0))
         print(settings["help"])
         sys.exit(settings.get("help_status", 0))
+    if "--list-devices" in sys.argv:
+        print(f"Available devices:\n{settings.get('devices', '  (none)')}")
+        sys.exit(0)
     if "--version" in sys.argv:
         sys.exit(settings["version"])  # on standard error, as the real one
     run(settings)

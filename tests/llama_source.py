@@ -16,6 +16,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from filelock import FileLock
+
 PROJECT = Path(__file__).parent.parent
 BUILD = PROJECT / "build"
 NEEDED = re.compile(r"[^/]+/llama\.cpp/(convert_hf_to_gguf\.py|conversion/|gguf-py/)")
@@ -42,7 +44,7 @@ def published(folder):
     return json.loads((folder / "config.json").read_text())
 
 def renamed(folder):
-    return published(folder).get("model_type") in ("step3p5", "mimo_v2_flash", "mimo_v2")
+    return published(folder).get("model_type") in ("step3p5", "mimo_v2_flash", "mimo_v2", "qwen4_exp_text")
 
 ModelBase.register_hparams_loader(renamed)(published)
 TextModel.get_vocab_base_pre = lambda self, tokenizer: "qwen2"
@@ -73,9 +75,10 @@ def llama_source() -> Path:
         return Path(given)
     package, version = package_name()
     folder = BUILD / f"{package.replace('-', '_')}-{version}" / "llama.cpp"
-    if not folder.is_dir():
-        BUILD.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=BUILD) as scratch:
+    BUILD.mkdir(exist_ok=True)
+    # two processes of tests ask for it at once
+    with FileLock(BUILD / f"{package}.lock"), tempfile.TemporaryDirectory(dir=BUILD) as scratch:
+        if not folder.is_dir():
             fetch(package, version, Path(scratch)).rename(folder.parent)
     return folder
 

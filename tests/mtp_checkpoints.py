@@ -15,6 +15,7 @@ import make_mtp_hunyuan
 import make_mtp_latent
 import make_mtp_mimo
 import make_mtp_nemotron
+import make_mtp_qwen4
 import make_mtp_step
 import numpy as np
 from published import DELETE, changed
@@ -133,6 +134,7 @@ SOURCES: dict[str, Callable[[Path], Path]] = {
     "small": small,
     "mixture": mixture,
     "next": qwen3_next,
+    "qwen4": make_mtp_qwen4.random,
     "glm": make_mtp_glm.random,
     "hunyuan": make_mtp_hunyuan.random,
     "nemotron": make_mtp_nemotron.random,

@@ -146,6 +146,13 @@ def mxfp4(names: tuple[str, str], blocks: bool) -> Callable[[tuple[int, int], Rn
     return make
 
 
+def fp4_groups(shape: tuple[int, int], rng: Rng) -> Published:
+    """DeepSeek-V4's experts: two weights a byte, a power of two for each 32 of a row."""
+    found = mxfp4(("", "_scale_inv"), blocks=False)(shape, rng)
+    codes, exponents = found.parts[""].view(np.int8), found.parts["_scale_inv"].view(ml_dtypes.float8_e8m0fnu)
+    return Published({"": codes, "_scale_inv": exponents}, found.weights)
+
+
 # --- configs ---
 
 
@@ -191,6 +198,7 @@ SOURCES = (
     Source("fp8 blocks", fp8_config([128, 128]), fp8((128, 128), "_scale_inv"), "FP8"),
     Source("fp8 blocks, partial", fp8_config([40, 48]), fp8((40, 48), "_scale_inv"), "FP8"),
     Source("fp8 blocks, BF16 scales", fp8_config([32, 32]), fp8((32, 32), "_scale_inv", BF16), "FP8"),
+    Source("fp4 groups beside fp8 blocks", {**fp8_config([128, 128]), "scale_fmt": "ue8m0"}, fp4_groups, "FP4"),
     Source("fp8 per tensor", fp8_config(), fp8((0, 0), "_scale_inv", F, lambda r, c: ()), "FP8"),
     Source("fp8 per tensor, old name", fp8_config(), fp8((0, 0), "_scale", F, lambda r, c: (1,)), "FP8"),
     Source(

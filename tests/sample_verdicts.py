@@ -39,9 +39,11 @@ def tensors(layers: int, bad: tuple[str, ...] = ()) -> list[dict[str, object]]:
 def walk(length: float, by_position: tuple[float, ...], steps: int) -> dict[str, object]:
     return {
         "length": length,
+        "length_interval": [length - 0.2, length + 0.2],
         "rate": sum(by_position) / len(by_position),
         "steps": steps,
         "by_position": list(by_position),
+        "by_position_interval": [[0.9 * share, min(1.0, 1.1 * share)] for share in by_position],
     }
 
 

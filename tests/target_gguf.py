@@ -12,9 +12,11 @@ from gguf import GGMLQuantizationType, GGUFValueType
 
 from convert_drafter.converters.checkpoint import open_checkpoint, slabs
 from convert_drafter.converters.gguf_file import KeyValue, StoredTensor, write_gguf
+from convert_drafter.converters.gguf_read import read_gguf
 from convert_drafter.converters.target import target_tokenizer
 
-U32, F32, STRING = GGUFValueType.UINT32, GGUFValueType.FLOAT32, GGUFValueType.STRING
+T = GGUFValueType
+U16, U32, F32, STRING = T.UINT16, T.UINT32, T.FLOAT32, T.STRING
 GLOBAL = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
 LAYER = {
     "input_layernorm": "attn_norm",
@@ -70,3 +72,16 @@ def write_target(folder: Path, out: Path) -> Path:
 
     write_gguf(out, target_keys(folder), stored, data)
     return out
+
+
+def split_gguf(path: Path, prefix: Path, count: int = 3) -> list[Path]:
+    """The same model as so many files, as llama-gguf-split makes them: all keys in the first, the tensors in turn."""
+    file = read_gguf(path)
+    names = list(file.tensors)
+    parts = [prefix.with_name(f"{prefix.name}-{i + 1:05}-of-{count:05}.gguf") for i in range(count)]
+    for i, part in enumerate(parts):
+        numbers = [KeyValue(f"split.{key}", U16, n) for key, n in (("no", i), ("count", count))]
+        keys = [*(file.keys.values() if i == 0 else [file.keys["general.architecture"]]), *numbers]
+        stored = [file.tensors[name] for name in names[i::count]]
+        write_gguf(part, keys, stored, lambda tensor: [file.tensor_bytes(tensor.name)])
+    return parts

@@ -15,11 +15,11 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "convert_drafter."
 FLOORS = {
     0: ["quant"],
-    1: ["errors", "roles", "spec", "spec_kinds", "spec_parts", "verdict", "model_key"],
+    1: ["errors", "roles", "spec", "spec_kinds", "spec_parts", "spec_streams", "verdict", "model_key"],
     2: [
         *("config", "weight_files", "checkpoint", "gguf_file", "gguf_read", "pre_tokenizers", "tokenizer", "target"),
         *("importance", "encoding", "destination", "json_text", "packed", "quantized", "quantized_config", "experts"),
-        *("hub", "hub_gguf", "holes", "repository", "excerpt", "latent", "file_hash"),
+        *("hub", "hub_gguf", "holes", "repository", "excerpt", "latent", "matrices", "file_hash", "gguf_model"),
     ],
     3: [
         *("dimensions", "ops", "shared_cache", "recipe_rules", "recipes", "type_choice", "plan", "provenance"),

@@ -78,6 +78,19 @@ def test_only_what_changed_is_made_again(tmp_path: Path) -> None:
     assert outcomes(run(path)) == dict.fromkeys(NAMES, "done")
 
 
+def test_convert_if_changed_and_a_batch_believe_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One stamp for a batch and for the Makefile's rules, which are `convert --if-changed`."""
+    path, out = jobs_file(tmp_path), tmp_path / "out" / "second-F16.gguf"
+    words = ["--for", "lucebox", "--quant", "F16", "--if-changed", "-o"]
+    run(path)
+    command("convert", tmp_path / "drafter", *words, out)
+    assert capsys.readouterr().out == f"{out} is up to date\n"
+    out.unlink()
+    command("convert", tmp_path / "drafter", *words, out)
+    assert "wrote" in capsys.readouterr().out
+    assert outcomes(run(path)) == dict.fromkeys(NAMES, "up to date")
+
+
 def test_a_failure_stops_only_what_reads_its_result(tmp_path: Path) -> None:
     more = """
 [[job]]
@@ -249,7 +262,7 @@ def test_a_jobs_file_that_is_wrong_ends_before_anything_is_made(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command("batch", jobs_file(tmp_path, JOBS.replace('"F16"', '"F17"')), code=3)
-    assert "job 'second', line 10: quant: found \"F17\", expected one of" in capsys.readouterr().err
+    assert "job 'second', line 10: quant: found \"F17\", expected a recipe; did" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "jobs.logs").exists()
 

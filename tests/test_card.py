@@ -79,9 +79,35 @@ def test_what_was_measured_is_shown_and_nothing_else(files: list[Path], tmp_path
     walk: Any = gate.figures["file"]
     (line,) = [line for line in text.splitlines() if line.startswith(f"| `{files[0].name}` | {PASSING.engine} |")]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells[3] == f"{walk['length']:.2f}" and cells[6:] == [f"{share:.0%}" for share in walk["by_position"]]
+    low, high = walk["length_interval"]
+    assert cells[3] == f"{walk['length']:.2f} ({low:.2f} to {high:.2f})" and len(cells) == 6
     assert "%" in cells[5] and " to " in cells[5]
+    shares = zip(walk["by_position"], walk["by_position_interval"], strict=True)
+    rows = [f"| {i} | {s:.0%} ({low:.0%} to {high:.0%}) |" for i, (s, (low, high)) in enumerate(shares, 1)]
+    assert "\n".join(["| position | `dflash-tiny-Q8_0.gguf` |", "|---|---|", *rows]) in text
     assert not [line for line in text.splitlines() if line.startswith(f"| `{files[1].name}` | {PASSING.engine} |")]
+
+
+def test_engines_that_ran_it_are_named(files: list[Path], tmp_path: Path) -> None:
+    settings = {"command": "x", "llama.cpp": {"file": {"llama-server": "b11434"}}, "torch": {"torch": "2.13.0"}}
+    both = [verdict(path, tmp_path / f"{path.stem}.json", settings=settings) for path in files[:2]]
+    assert "- Verified in llama-server b11434, torch 2.13.0.\n" in card_text(read_card(files, both))
+    strange = verdict(files[0], tmp_path / "strange.json", settings=3)
+    assert "Verified in" not in card_text(read_card(files, [strange])) + card_text(read_card(files))
+
+
+def test_positions_of_several_quants_stand_side_by_side(files: list[Path], tmp_path: Path) -> None:
+    """Shorter ones end with a dash; a verdict from before there were intervals is shown without."""
+    gates = json.loads(json.dumps(report.as_json(PASSING)))["gates"]
+    (gate,) = [gate for gate in gates if gate["name"] == "acceptance"]
+    gate["figures"]["file"] = {"length": 2.0, "by_position": [0.5, 0.25]}
+    older = verdict(files[1], tmp_path / "older.json", gates=gates, engine="llama.cpp")
+    text = card_text(read_card(files, [verdict(files[0], tmp_path / "v.json"), older]))
+    names = [f"`{path.name}`, {engine}" for path, engine in zip(files, ("torch", "llama.cpp"), strict=False)]
+    assert f"| position | {names[0]} | {names[1]} |" in text
+    rows = [line for line in text.splitlines() if re.match(r"\| \d \|", line)]
+    assert [row.split(" | ")[2].removesuffix(" |") for row in rows[:3]] == ["50%", "25%", "-"]
+    assert f"| `{files[1].name}` | llama.cpp | 16 | 2.00 | 3.38 |" in text
 
 
 def test_a_verdict_of_another_file_or_version_is_refused(files: list[Path], tmp_path: Path) -> None:

@@ -161,8 +161,10 @@ def test_lists_come_from_the_tables(what: str, run: Run) -> None:
 
 
 @pytest.mark.parametrize("command", cli.commands)
-def test_every_command_has_help_with_an_example(command: str, run: Run) -> None:
+def test_every_command_has_help_with_an_example(command: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     done = run(command, "--help")
+    assert all(len(line) <= 80 for line in done.stdout.splitlines())
     assert "convert-drafter " in done.stdout.split("Options:")[0].split("Usage:")[1].split("\n", 1)[1]
 
 

@@ -30,6 +30,8 @@ EAGLE3_MLA = (*EAGLE3, "midlayer.self_attn.q_a_proj.weight", "midlayer.self_attn
 MTP = ("mtp.fc.weight", "mtp.layers.0.self_attn.q_proj.weight")
 GLM_MTP = ("model.layers.78.eh_proj.weight", "model.layers.78.enorm.weight", "model.embed_tokens.weight")
 MIMO = ("model.mtp_layers.0.input_proj.weight", "model.embed_tokens.weight")
+HY_V4 = ("model.mtp_layers.0.eh_proj.weight", "model.embed_tokens.weight")
+ERNIE = ("model.mtp_block.0.self_attn.q_proj.weight", "model.mtp_emb_norm.0.weight", "model.embed_tokens.weight")
 GEMMA = ("pre_projection.weight", "post_projection.weight", *LAYER)
 REDUCED = (*PLAIN, "embed_tokens.weight", "lm_head.weight", "d2t", "t2d")
 TARGET = ("model.embed_tokens.weight", *(f"model.{name}" for name in LAYER), "model.norm.weight", "lm_head.weight")
@@ -170,10 +172,13 @@ def test_architectures_are_strings() -> None:
     ("tensors", "architecture", "why"),
     [
         pytest.param(MTP, "MTPDraftModel", "not converted yet", id="a speculator"),
-        pytest.param(GLM_MTP, "DeepseekV4ForCausalLM", "not converted yet", id="inside a target"),
+        pytest.param(GLM_MTP, "Glm6ForCausalLM", "not converted yet", id="inside a target"),
         pytest.param(
             GLM_MTP, "DeepseekV3ForCausalLM", "no runtime loads it: llama.cpp's converter drops", id="DeepSeek-V3"
         ),
+        pytest.param(HY_V4, "HYV4ForCausalLM", "no runtime loads it: llama.cpp's converter drops", id="Hunyuan-V4"),
+        pytest.param(ERNIE, "Ernie4_5_MoeForCausalLM", "no runtime loads it: llama.cpp's converter drops", id="ERNIE"),
+        pytest.param(GLM_MTP, "GlmOcrForConditionalGeneration", "no runtime loads it: llama.cpp keeps", id="GLM-OCR"),
         pytest.param(MIMO, "MiMoForCausalLM", "no runtime loads it: llama.cpp has no MiMo before V2", id="MiMo-7B"),
     ],
 )

@@ -313,12 +313,12 @@ def diagnosed(bench: Bench, view: View, source: bool = True, tokens: int = 80) -
     return diagnose(file, bench.original if source else None, bench.target, bench.prompts, tokens)
 
 
+# Of each family one; `fault_bench.py` explains them all and records it, which takes an hour.
 BESIDE_THE_SOURCE = (
-    "theta 1e4", "theta 5e6", "capture layers one lower", "capture layers one higher", "window lost", "causal",
-    "mask token is the padding", "block size 16", "rotary rows interleaved", "norms minus one", "gate and up swapped",
-    "one matrix is noise", "yarn written though null",
+    "theta 5e6", "capture layers one higher", "window lost", "causal", "block size 16", "rotary rows interleaved",
+    "one matrix is noise",
 )  # fmt: skip
-ALONE = ("theta 1e4", "capture layers reversed", "mask token is the padding", "gate and up swapped", "norms minus one")
+ALONE = ("theta 1e4", "mask token is the padding", "norms minus one")
 
 
 @pytest.mark.engine

@@ -17,9 +17,12 @@ from safetensors.numpy import load_file, save_file
 
 from convert_drafter.converters import ConvertJob, QuantizeJob, convert, doctor, inspect, quantize
 from convert_drafter.converters.convert import prepare, read_published
-from convert_drafter.converters.errors import DrafterError, Problems, WrongInput
+from convert_drafter.converters.dialects import CELLS
+from convert_drafter.converters.errors import DrafterError, Problems, WrongInput, WrongUsage
 from convert_drafter.converters.gguf_file import KeyValue, StoredTensor, write_gguf
 from convert_drafter.converters.gguf_read import read_gguf
+from convert_drafter.converters.launch.files import source_of_way
+from convert_drafter.converters.launch.launching import LaunchJob, launch
 from convert_drafter.converters.spec import Rope, SlidingLayers, SlidingWindow
 from convert_drafter.converters.target import CachedLayer, read_target
 from convert_drafter.converters.verdict import Outcome
@@ -75,6 +78,24 @@ def test_published_config(tmp_path: Path) -> None:
         (),
     )
     assert (spec.window, spec.rope) == (SlidingWindow(512, (True,) * 3 + (False,)), Rope(1e6, 512, proportion=0.25))
+    # its four layers are run for every token, so they say nothing of a draft's length (common/speculative.cpp: the
+    # memory is the target's, so that heads are not chained)
+    way = source_of_way(CELLS["gemma4-assistant", "llama.cpp"], spec, source)
+    assert spec.layer_count == 4 and (spec.draft_length, way.limit, way.usual, way.head) == (3, None, 3, False)
+
+
+def test_launching_an_assistant(target: Path, tmp_path: Path) -> None:
+    """A model of its own: `auto` takes it whatever its target's size; vLLM is given it, SGLang documents no way."""
+    made = make_gemma4_assistant.assistant(tmp_path / "assistant")
+    out = convert(job(made, target, tmp_path / "a.gguf")).out
+    decided = launch(LaunchJob(out, target, device="gpu", draft_length=6))
+    assert (decided.resolved.ways, decided.resolved.draft_length, decided.drafter) == (("mtp",), 6, out)
+    vllm = launch(LaunchJob(made, target, engine="vllm"))
+    said = {"method": "mtp", "model": str(made), "num_speculative_tokens": 1}
+    assert json.loads(vllm.words[-1]) == said and vllm.drafter == made
+    with pytest.raises(WrongUsage, match="sglang documents nothing of gemma4-assistant drafters"):
+        launch(LaunchJob(made, target, engine="sglang"))
+    assert "NGRAM" in launch(LaunchJob(made, target, engine="sglang", mode="ngram")).words
 
 
 def test_newer_configs_state_layers_one_by_one(target: Path, tmp_path: Path) -> None:

@@ -137,6 +137,14 @@ def same_drafts(folder: Path, file: Path, prompts: Sequence[list[int]], answers:
     return sum(a == b for a, b in pairs), len(pairs), len({b for _, b in pairs})
 
 
+def test_its_layers_do_not_bound_a_draft(theirs: Path, folder: Path, files: dict[str, Path]) -> None:
+    """Three layers that all run for every token: six are drafted where six are asked for (unlike chained heads)."""
+    options = ["6" if option == "3" else option for option in DRAFTING]
+    target, log = theirs / "heads-target-F32.gguf", folder / "long.log"
+    ((_, steps),) = ask(target, log, "-md", str(files["heads"]), *options, prompts=PROMPTS[:1])
+    assert max(map(len, steps)) == 6
+
+
 @pytest.mark.parametrize("name", PAIRS)
 def test_drafts_are_the_reference_s(
     name: str, folder: Path, files: dict[str, Path], answers: dict[str, Answers]

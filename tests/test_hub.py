@@ -398,7 +398,7 @@ def test_jobs_name_repositories(hub: FakeHub, tmp_path: Path) -> None:
         return done.returncode, done.stdout + done.stderr
 
     code, said = run("doctor", "--jobs", "jobs.toml")
-    assert code == 0 and "1 tasks can begin" in said, said
+    assert code == 0 and "1 task can begin" in said, said
     code, said = run("batch", "jobs.toml")
     assert code == 0 and "1 done" in said, said
     assert read_gguf(tmp_path / "a.gguf").keys["drafter.source.revision"].value == COMMIT

@@ -12,8 +12,10 @@ from types import SimpleNamespace
 import jsonschema
 import pytest
 from batches import jobs_file
+from other_tokenizers import swapped, write_tokenizer
 from published import PAIR, small_checkpoint, small_config, write_checkpoint
 
+from convert_drafter.converters import ConvertJob, convert
 from convert_drafter.converters.batch import preflight as module
 from convert_drafter.converters.batch.preflight import Preflight, preflight
 from convert_drafter.converters.cli import main
@@ -23,6 +25,7 @@ from convert_drafter.converters.errors import MissingEngine
 
 SCHEMA = json.loads((Path(module.__file__).parent / "doctor.schema.json").read_text())
 JOB = '[[job]]\nname = "a"\nsource = "source"\nfor = "lucebox"\nquant = "BF16"\nout = "new/folder/a.gguf"\n'
+QUANTIZE = '[[job]]\nname = "q"\ndo = "quantize"\nsource = "new/folder/a.gguf"\nquant = "Q8_0"\nout = "q.gguf"\n'
 
 
 def look(folder: Path, text: str) -> Preflight:
@@ -189,9 +192,8 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_space_for_every_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small_checkpoint(tmp_path / "source")
-    quantized = '[[job]]\nname = "q"\ndo = "quantize"\nsource = "new/folder/a.gguf"\nquant = "Q8_0"\nout = "q.gguf"\n'
     (disk,) = look(tmp_path, JOB).disks
-    (both,) = look(tmp_path, JOB + quantized).disks
+    (both,) = look(tmp_path, JOB + QUANTIZE).disks
     assert both.needed == 2 * disk.needed  # at most as much as its source, which is not there yet
     with pytest.raises(SystemExit):
         main(
@@ -212,3 +214,57 @@ def test_jobs_name_their_targets_themselves(tmp_path: Path, capsys: pytest.Captu
         main(["doctor", "--jobs", str(jobs_file(tmp_path)), "--target", "x"])
     assert exit_.value.code == 2
     assert "leave --target and --source out" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit_:
+        main(["doctor", "--jobs", str(jobs_file(tmp_path)), "--parallel", "2"])
+    assert exit_.value.code == 2 and "only --strict and --json go with it" in capsys.readouterr().err
+
+
+def test_jobs_may_stand_in_any_order(tmp_path: Path) -> None:
+    """A batch waits for what a later job makes, so this is no fault; and they are told in the file's order."""
+    small_checkpoint(tmp_path / "source")
+    found = look(tmp_path, QUANTIZE + JOB)
+    assert [check.task.name for check in found.checks] == ["q", "a"] and not found.faulty
+    assert "is made by an earlier task" in found.checks[0].notes[0]
+    assert found.checks[0].n_bytes == found.checks[1].n_bytes
+
+
+def test_what_waits_for_a_job_that_cannot_begin_cannot_either(tmp_path: Path) -> None:
+    found = look(tmp_path, JOB + QUANTIZE)
+    assert [check.faults[-1] for check in found.checks][1:] == ["waits for a, which cannot begin"]
+    assert found.checks[1].n_bytes is None
+    assert show_batch.preflight(Path("jobs.toml"), found).endswith("\n2 of 2 tasks cannot begin")
+
+
+def test_a_drafter_with_another_vocabulary(tmp_path: Path) -> None:
+    """A2-23: the gate of `doctor DRAFTER --target T` is asked of every job."""
+    shutil.copytree(PAIR / "drafter", tmp_path / "source")
+    job = JOB.replace("lucebox", "llama.cpp") + f'target = "{PAIR}/target"\n'
+    assert faults(tmp_path, job) == []
+    write_tokenizer(tmp_path / "source", swapped)
+    (found,) = faults(tmp_path, job)
+    assert found.startswith("tokenizer: not target's: sha256 of the vocabularies: ")
+
+
+def test_a_verification_of_another_target_s_drafter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A2-23: pairing is asked before a pair that is none is run all night."""
+    monkeypatch.setattr(module, "find_engine", lambda name, job: None)
+    convert(ConvertJob(PAIR / "drafter", PAIR / "target", "llama.cpp", "Q8_0", tmp_path / "a.gguf"))
+    (tmp_path / "target").symlink_to(PAIR / "target")
+    assert faults(tmp_path, VERIFY) == []
+    (tmp_path / "target").unlink()
+    shutil.copytree(PAIR / "target", tmp_path / "target")
+    write_tokenizer(tmp_path / "target", swapped)
+    (found,) = faults(tmp_path, VERIFY)
+    assert found.startswith("pairing: not ") and "tokens differ" in found
+
+
+def test_strict_makes_warnings_faults(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """T-36."""
+    small_checkpoint(tmp_path / "source", never_heard_of=1)
+    path = jobs_file(tmp_path, JOB)
+    codes = []
+    for words in ([], ["--strict"]):
+        with pytest.raises(SystemExit) as exit_:
+            main(["doctor", "--jobs", str(path), *words])
+        codes.append(exit_.value.code)
+    assert codes == [0, 1] and "never_heard_of" in capsys.readouterr().out

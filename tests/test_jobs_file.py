@@ -13,7 +13,6 @@ from convert_drafter.converters.batch.task import Task
 from convert_drafter.converters.commands.jobs_file import COMMANDS, read_jobs
 from convert_drafter.converters.commands.jobs_options import keys
 from convert_drafter.converters.errors import Problems, WrongInput
-from convert_drafter.converters.recipes import RECIPES
 from convert_drafter.converters.stamp import Verification
 
 HEAD = """\
@@ -154,7 +153,8 @@ WRONG: list[tuple[str, str, str]] = [
     ('name = "a"', 'name = "a"\ndo = "convrt"',
      "job 'a', line 4: do: found 'convrt', expected one of convert, quantize, verify"),
     ('quant = "BF16"', "", "job 'a', line 4: quant: missing, expected in the job or in [defaults]"),
-    ('"BF16"', '"Q9_0"', f"job 'a', line 4: quant: found \"Q9_0\", expected one of {', '.join(RECIPES)}"),
+    ('"BF16"', '"Q9_0"',
+     "job 'a', line 4: quant: found \"Q9_0\", expected a recipe; did you mean Q8_0 or Q5_0? (`list recipes` has all)"),
     ('"BF16"', '["BF16", 3]', "job 'a', line 4: quant: found 3, expected a text"),
     ('"BF16"', '["F16", "F16"]', "job 'a', line 4: quant: found ['F16', 'F16'], expected at least one, and each once"),
     ('"BF16"', "[]", "job 'a', line 4: quant: found [], expected at least one, and each once"),

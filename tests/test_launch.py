@@ -22,7 +22,7 @@ from mtp_checkpoints import small
 from published import FIXTURES, PAIR
 from sample_verdicts import SAMPLES
 from server_helps import CURRENT, HELPS
-from target_gguf import write_target
+from target_gguf import split_gguf, write_target
 
 from convert_drafter.converters import ConvertJob, convert
 from convert_drafter.converters.cli import main
@@ -206,6 +206,13 @@ def test_a_head_in_its_target_s_file(ask: Ask, folder: Path, tmp_path: Path) -> 
     assert said.status == 2 and "has a head and its target in it" in said.err
 
 
+def test_a_head_beside_a_target_that_has_one_too(ask: Ask, folder: Path, tmp_path: Path) -> None:
+    """D3: the file that was given is meant, not the one inside the target."""
+    file = attached(folder, tmp_path / "both.gguf")
+    said = ask("mtp.gguf", "--target", file, "--mode", "mtp", "--device", "gpu")
+    assert said.words[:5] == ["llama-server", "-m", str(file), "-md", "mtp.gguf"] and "draft-mtp" in said.words
+
+
 @pytest.mark.parametrize("name", ["plain", "model-mtp"])
 def test_a_head_that_is_only_promised(ask: Ask, folder: Path, tmp_path: Path, name: str) -> None:
     """A3-21, T-34: neither a key nor a name is a head; a server that is told so stops."""
@@ -213,6 +220,38 @@ def test_a_head_that_is_only_promised(ask: Ask, folder: Path, tmp_path: Path, na
     said = ask(file, "--mode", "mtp")
     assert said.words == ["llama-server", "-m", str(file)]
     assert "warning: mtp: neither the file nor the target has an MTP head" in said.err
+
+
+def test_a_target_in_parts(ask: Ask, folder: Path, tmp_path: Path) -> None:
+    """The server takes the first; all of them are the target, when a reload is asked for too."""
+    first, second, _ = split_gguf(folder / "target.gguf", tmp_path / "big-F32")
+    said = ask("dflash.gguf", "--target", first, "--json")
+    found = json.loads(said.out)
+    assert found["command"][:3] == ["llama-server", "-m", str(first)] and found["resolved"]["mode"] == "dflash"
+    assert found["files"]["target"]["bytes"] == sum(path.stat().st_size for path in tmp_path.glob("big-*"))
+    said = ask("dflash.gguf", "--target", second)
+    assert said.status == 3 and "expected the first of them" in said.err
+
+
+def test_a_drafter_that_no_gpu_has_room_for(ask: Ask, folder: Path, tmp_path: Path) -> None:
+    """D3 drafter_no_vram: by what the server lists; --device, and options that place layers, are the user's word."""
+    sizes = [sum(t.n_bytes for t in read_gguf(folder / name).tensors.values()) for name in ("target.gguf", "ik.gguf")]
+    room = -(-sizes[0] // 2**20) + 1  # MiB: the target fits, and with a drafter of 2 MiB it does not
+    assert sizes[1] > 2**20
+    server = make(tmp_path, "gpu", help=CURRENT, devices=f"  CUDA0: A small one ({room} MiB, 1 MiB free)")
+    pair = ("dflash.gguf", "--target", "target.gguf", "--server", server)
+    said = ask(*pair)
+    assert "draft-dflash" not in said.words and "ngram-mod" in said.words and "-md" not in said.words
+    assert "warning: the target takes 0.0" in said.err and "in all: ngram instead; --mode dflash has it" in said.err
+    for words in (["--device", "gpu"], ["--", "-ngl", "2"], ["--mode", "dflash"]):
+        assert "draft-dflash" in ask(*pair, *words).words
+
+
+@pytest.mark.parametrize("name", ["ik", "dflash"])
+def test_a_length_that_is_cut_is_told(ask: Ask, name: str) -> None:
+    """A6-8: for every runtime."""
+    said = ask(f"{name}.gguf", "--target", "target.gguf", "--draft-length", 99)
+    assert "warning: 99 tokens: the drafter gives 7 at most\n" in said.err and "7" in re.findall(r"\d+", said.out)
 
 
 def test_every_way_is_a_cell_s(ask: Ask) -> None:
@@ -403,7 +442,7 @@ def test_exec_starts_it(place: Path) -> None:
         pytest.param("mtp.gguf --target mtp --exec", 2, "mtp: is a folder, and the server reads a GGUF", id="exec"),
         pytest.param(f"{CHECKPOINT} --engine vllm --exec", 4, "--exec: vllm: not found", id="exec vllm"),
         pytest.param("dflash.gguf", 2, "is a drafter on its own; give its target with --target", id="no target"),
-        pytest.param("nothing.gguf --target target.gguf", 3, "nothing.gguf", id="no file"),
+        pytest.param("nothing.gguf --target target.gguf", 3, "nothing.gguf", id="D3 drafter_not_found"),
         pytest.param("dflash.gguf --target nothing", 3, "nothing there, expected the target's", id="T-35 no target"),
         pytest.param("mtp --target target.gguf", 2, "is a folder, expected a GGUF; `convert` makes one", id="a folder"),
         pytest.param("target.gguf --target dflash.gguf", 3, "expected a drafter's", id="the wrong way round"),

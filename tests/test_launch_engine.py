@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from target_gguf import write_target
 from convert_drafter.converters import ConvertJob, convert
 from convert_drafter.converters.attach import prepare_attach
 from convert_drafter.converters.convert import write_conversion
-from convert_drafter.converters.launch.abilities import Flavour, can, flavour, has_gpu
-from convert_drafter.converters.launch.launching import Launch, LaunchJob, launch
+from convert_drafter.converters.gguf_model import read_model
+from convert_drafter.converters.gguf_read import read_gguf
+from convert_drafter.converters.launch.abilities import Flavour, can, devices, flavour
+from convert_drafter.converters.launch.launching import PLACING, Launch, LaunchJob, launch
 from convert_drafter.converters.launch.modes import SPEC_TYPES, WAYS
 from convert_drafter.converters.verify.in_llama_cpp.probe import FLAGS, Known, find_server
 
@@ -92,6 +95,20 @@ def test_the_printed_line_drafts(folder: Path, name: str) -> None:
     assert not any("draft_n" in answer["timings"] for answer in plain)
 
 
+def test_a_target_that_llama_cpp_split(folder: Path) -> None:
+    """The real tool's parts: the same tensors, the same launch, and a server that starts with the first of them."""
+    server = llama_binary("llama-server")
+    command = [llama_binary("llama-gguf-split"), "--split", "--split-max-tensors", "16", folder / "both.gguf"]
+    subprocess.run([*command, folder / "parts"], check=True, capture_output=True)
+    first = min(folder.glob("parts-*.gguf"))
+    found, whole = read_model(first), read_gguf(folder / "both.gguf")
+    assert found.parts == len(list(folder.glob("parts-*.gguf"))) > 1 and found.tensors == whole.tensors
+    decided = launch(LaunchJob(first, mode="mtp", server=server))
+    assert decided.resolved == launch(LaunchJob(folder / "both.gguf", mode="mtp", server=server)).resolved
+    (answer,) = served(decided, folder / "parts.log", MTP_PROMPTS[:1])
+    assert answer["timings"]["draft_n"] > 0
+
+
 def test_no_option_is_deprecated_or_twice(folder: Path) -> None:
     """T-29: the server says so itself."""
     server = llama_binary("llama-server")
@@ -110,7 +127,9 @@ def test_what_the_real_server_can() -> None:
         assert engine.abilities.spec_type(SPEC_TYPES[way]) == SPEC_TYPES[way]
     for purpose in ("ngram match", "ngram shortest", "ngram longest", "default drafting", "devices", "model"):
         assert engine.abilities.flag(purpose) == FLAGS[purpose][0]
-    assert has_gpu(engine.path, engine.abilities).known in (Known.YES, Known.NO)
+    assert devices(engine.path, engine.abilities).gpu.known in (Known.YES, Known.NO)
+    placing = PLACING & engine.abilities.flags.keys()
+    assert len(placing) > 15 and all(engine.abilities.aliases(flag) <= PLACING for flag in placing)
 
 
 def test_auto_does_not_take_a_tiny_target_s_head(folder: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -26,7 +28,7 @@ from convert_drafter.converters.verify.in_llama_cpp.probe import Abilities, Abil
 
 GPU, CPU = Ability(Known.YES), Ability(Known.NO)
 LARGE, LITTLE = 4_000_000_000, 800_000_000
-HEAD = {"mtp": Source(None)}
+HEAD = {"mtp": Source(None, head=True)}
 BLOCK = {"dflash": Source(Path("d.gguf"), 7, 7, "a block of 8")}
 MTP_TARGET = Situation(HEAD, LARGE, GPU)
 PAIRS = (
@@ -203,6 +205,52 @@ def test_an_unknown_ability_is_tried_and_told() -> None:
 def test_an_unknown_device_is_told() -> None:
     found = resolve(Request(), Situation(HEAD, LARGE), abilities("current"))
     assert found.draft_length == 2 and "device_unknown" in codes(found)
+
+
+# --- what does not pay (D3) ---
+
+GB = 10**9
+
+
+def crowded(base: int, drafter: int, memory: int | None, **more: Any) -> Situation:
+    """A DFlash drafter and a target of so many bytes, and GPUs with so many."""
+    return Situation({"dflash": Source(Path("d.gguf"), 7, 7, n_bytes=drafter)}, LARGE, GPU, None, base, memory, **more)
+
+
+@pytest.mark.parametrize(
+    ("situation", "ways", "code"),
+    [
+        pytest.param(crowded(15 * GB, GB, 16 * GB), ("dflash",), None, id="both fit"),
+        pytest.param(crowded(15 * GB, GB, None), ("dflash",), None, id="nobody knows"),
+        pytest.param(crowded(15 * GB, 2 * GB, 16 * GB), ("ngram",), "no_vram", id="D3 drafter_no_vram"),
+        pytest.param(crowded(17 * GB, GB, 16 * GB), ("dflash",), "partial_offload", id="D3 mtp_partial_offload"),
+    ],
+)
+def test_memory_of_the_gpus(situation: Situation, ways: tuple[str, ...], code: str | None) -> None:
+    """A drafter that drives its target from the GPU costs more than it brings; asked for by name it is used."""
+    found = resolve(Request(), situation, abilities("current"))
+    assert found.ways == ways and (code is None or code in codes(found))
+    forced = resolve(Request("dflash"), situation, abilities("current"))
+    assert forced.ways == ("dflash",) and codes(forced) - {"length"} == ({code} if code else set())
+    assert [remark.warning for remark in forced.remarks if remark.code == "no_vram"] == [True] * (code == "no_vram")
+
+
+def test_memory_and_a_measurement() -> None:
+    """What was measured to pay on this machine is used."""
+    paying = replace(crowded(15 * GB, 2 * GB, 16 * GB), measured=Measured(4, 1.3))
+    assert resolve(Request(), paying, abilities("current")).ways == ("dflash",)
+
+
+@pytest.mark.parametrize("server", [ALL, NO_NGRAM])
+def test_a_head_with_latent_attention(server: str) -> None:
+    """D3 mla_mtp_disabled: not by itself, but where it is asked for or was measured to pay."""
+    situation = Situation({"mtp": Source(None, head=True, latent=True)}, LARGE, GPU)
+    found = resolve(Request(), situation, abilities(server))
+    assert found.ways == (("ngram",) if server == ALL else ()) and codes(found) == {"mla_head"}
+    assert "--mode mtp has it anyway" in found.remarks[0].text
+    assert resolve(Request("mtp"), situation, abilities(server)).ways == ("mtp",)
+    paying = replace(situation, measured=Measured(2, 1.1))
+    assert resolve(Request(), paying, abilities(server)).ways == ("mtp",)
 
 
 # --- lengths ---

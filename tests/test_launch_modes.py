@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from server_helps import CURRENT, HELPS, LIST, abilities
 
-from convert_drafter.converters.launch.abilities import Flavour, can, flavour, has_gpu, unprobed
+from convert_drafter.converters.launch.abilities import Flavour, can, devices, flavour, unprobed
 from convert_drafter.converters.launch.modes import DRAFTERS, MODES, NGRAMS, SPEC_TYPES, canonical, unknown, ways_of
 from convert_drafter.converters.verify.in_llama_cpp.probe import Abilities, Known, parse_help, probe
 
@@ -136,26 +136,34 @@ def test_what_could_not_be_asked_is_unknown_with_the_reason() -> None:
     assert found.known is Known.UNKNOWN and "lists no types" in found.reason
 
 
-DEVICES: dict[str, tuple[str, Known]] = {
-    "none": ("Available devices:\n  (none)\n", Known.NO),
-    "one": ("Available devices:\n  CUDA0: NVIDIA H100 (81089 MiB, 80000 MiB free)\n", Known.YES),
-    "garbage": ("what?\n", Known.UNKNOWN),
+H100 = "  CUDA{}: NVIDIA H100 (PCIe) (81089 MiB, 80000 MiB free)\n"
+BLAS = "  BLAS: OpenBLAS (0 MiB, 0 MiB free)\n"
+DEVICES: dict[str, tuple[str, Known, int | None]] = {
+    "none": ("Available devices:\n  (none)\n", Known.NO, None),
+    "one": (f"Available devices:\n{H100.format(0)}", Known.YES, 81089 * 2**20),
+    "two": (f"Available devices:\n{BLAS}{H100.format(0)}{H100.format(1)}", Known.YES, 2 * 81089 * 2**20),
+    "one of no size": ("Available devices:\n  HTP0: Hexagon (0 MiB, 0 MiB free)\n", Known.YES, None),
+    "one that is not told": ("Available devices:\n  CUDA0: NVIDIA H100\n", Known.YES, None),
+    "the processor's own": (f"Available devices:\n{BLAS}", Known.NO, None),
+    "garbage": ("what?\n", Known.UNKNOWN, None),
 }
 
 
 @pytest.mark.parametrize("name", DEVICES)
 def test_devices(name: str, tmp_path: Path) -> None:
-    text, known = DEVICES[name]
+    """All devices' memory; a mathematics library is listed as one, and is none that a model could lie in."""
+    text, known, memory = DEVICES[name]
     program = tmp_path / "llama-server"
     program.write_text(f"#!/bin/sh\ncat <<'END'\n{text}END\n")
     program.chmod(0o755)
-    found = has_gpu(program, abilities("current"))
-    assert found.known is known and (known is not Known.UNKNOWN or found.reason)
+    found = devices(program, abilities("current"))
+    assert found.gpu.known is known and (known is not Known.UNKNOWN or found.gpu.reason)
+    assert found.memory == memory
 
 
 @pytest.mark.parametrize("name", ["legacy", "unprobed", "gone"])
 def test_devices_that_cannot_be_told(name: str, tmp_path: Path) -> None:
     """T-33."""
     known: Any = unprobed() if name == "unprobed" else abilities("current" if name == "gone" else name)
-    found = has_gpu(tmp_path / "nothing", known)
+    found = devices(tmp_path / "nothing", known).gpu
     assert found.known is Known.UNKNOWN and found.reason

@@ -21,6 +21,7 @@ from server_helps import CURRENT, HELPS
 
 from convert_drafter.converters import ConvertJob, WrongInput, convert
 from convert_drafter.converters.cli import main
+from convert_drafter.converters.commands import show_launch
 from convert_drafter.converters.launch import launching
 from convert_drafter.converters.launch.launching import LaunchJob, launch
 from convert_drafter.converters.launch.reload import read_stamp, reasons
@@ -118,6 +119,21 @@ def test_a_file_that_was_replaced(folder: Path, tmp_path: Path) -> None:
     assert not reasons(running, stamp(launch(job)))
     os.utime(file, ns=(1, file.stat().st_mtime_ns + 10**9))
     assert [reason.what for reason in reasons(running, stamp(launch(job)))] == ["drafter"]
+
+
+def test_a_server_that_was_built_again(folder: Path, tmp_path: Path) -> None:
+    """A build without git has the same version always; a new library beside the program is a new server."""
+    for name in ("llama-server", "libllama.so"):
+        (tmp_path / name).write_bytes((folder / "llama-server").read_bytes())
+    (tmp_path / "llama-server").chmod(0o755)
+    job = dflash(folder, server=tmp_path / "llama-server")
+    running = stamp(launch(job))
+    assert not reasons(running, stamp(launch(job)))
+    (tmp_path / "libllama.so").write_bytes(b"new")
+    (reason,) = reasons(running, stamp(launch(job)))
+    assert reason.what == "server" and reason.running["version"] == reason.wanted["version"]
+    shown = show_launch.reload([reason])
+    assert shown.count(f"{tmp_path}/llama-server") == 2 and shown.count(" bytes)") == 2
 
 
 JOBS = st.fixed_dictionaries(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import socket
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +24,7 @@ from convert_drafter.converters.errors import MissingEngine, WrongInput
 from convert_drafter.converters.verify.acceptance import total
 from convert_drafter.converters.verify.in_llama_cpp import serving as llama_serving
 from convert_drafter.converters.verify.in_llama_cpp.answers import EngineRun, compare, complete, run_prompts
-from convert_drafter.converters.verify.in_llama_cpp.probe import Engine, Known, find_server
+from convert_drafter.converters.verify.in_llama_cpp.probe import Engine, Known, find_server, libraries
 from convert_drafter.converters.verify.in_llama_cpp.process import EngineFailure
 from convert_drafter.converters.verify.in_llama_cpp.serving import Server, Setup, serving
 from convert_drafter.converters.verify.in_llama_cpp.tokens import ServerTokenizer, logit_gap
@@ -82,6 +85,15 @@ def test_todays_help_is_understood(engine: Engine) -> None:
     assert found.drafts("draft-dflash").known is Known.YES
     assert found.drafts("draft-of-tomorrow").known is Known.NO
     assert engine.version != "unknown" and found.can_trace
+
+
+@pytest.mark.skipif(shutil.which("ldd") is None, reason="nobody says what a program loads")
+def test_its_libraries_are_those_that_it_loads(engine: Engine) -> None:
+    """ldd names what it is linked with; those of its own folder are all hashed into a stamp."""
+    listed = subprocess.run(["ldd", engine.path], capture_output=True, text=True, check=True).stdout
+    loaded = {Path(path).resolve() for path in re.findall(r"=> (\S+)", listed)}
+    own = {path for path in loaded if path.parent == engine.path.resolve().parent}
+    assert len(own) > 3 and own <= set(libraries(engine.path))
 
 
 @pytest.mark.parametrize(("recipe", "slack"), [("F32", 0.01), ("BF16", 0.01), ("Q8_0", 0.03)])

@@ -38,6 +38,11 @@ GAPS = (  # A0-8
     *("m.gguf", "m-00001-of-00003.gguf", "m-00001-of-00003", "m.Q4_K_M", "m.Q4_K_M.gguf", "m--q8_0"),
     *("m.i1-Q4_K_M.gguf", "m-IQ2_XXS", "m-MLX-4bit", "m-4.0bpw", "M-GGUF", "m-Q4_0-00002-of-00002.gguf"),
 )
+WORDS_OF_STORAGE = (  # A0-4: the original's vocabulary, every word
+    *("q2_k", "Q3_K_S", "q4_0", "Q4_K_M", "q5_k_l", "Q6_K", "q8_0", "iq1_s", "IQ3_XS", "iq4_xs", "iq2_a"),
+    *("bf16", "fp16", "FP32", "fp8", "f16", "F32", "int4", "INT8", "nf4", "mxfp4", "ud", "awq", "GPTQ", "gguf", "MLX"),
+    *("unfused", "fused"),
+)
 EDGES = {  # A0-1, A0-2, A0-3, A0-6
     "": "",
     "   ": "",
@@ -56,6 +61,19 @@ EDGES = {  # A0-1, A0-2, A0-3, A0-6
 def test_keys(name: str, key: str) -> None:
     """A0-1, A0-2, A0-3, A0-5, A0-6, A0-7."""
     assert normalize_model_key(name) == key
+
+
+@pytest.mark.parametrize("word", WORDS_OF_STORAGE)
+def test_words_that_only_tell_the_format(word: str) -> None:
+    """A0-3, A0-4: at the end, alone or with others behind; in the middle they stay."""
+    assert normalize_model_key(f"M-{word}") == normalize_model_key(f"M-{word}-q8_0") == "m"
+    assert normalize_model_key(f"M-{word}-Chat") == f"m-{word.lower()}-chat"
+
+
+@pytest.mark.parametrize("word", ["chat", "instruct", "it", "4b", "a3b", "v2", "flash", "mtp", "dflash", "q", "quant"])
+def test_words_that_tell_a_model(word: str) -> None:
+    """A0-4, A0-5: what is not in the vocabulary is identity."""
+    assert normalize_model_key(f"M-{word}") == f"m-{word}"
 
 
 @pytest.mark.parametrize("name", GAPS)

@@ -96,9 +96,12 @@ def test_norms_that_take_the_mean_away_have_a_key_of_their_own(centred: Path) ->
         ({"first_k_dense_replace": DELETE}, "trunk.dense_layer_count: missing (looked at first_k_dense_replace or mlp"),
         (
             {"mlp_layer_types": ["dense"] * 2 + ["sparse"] * 3},
-            "first_k_dense_replace: found 1, expected 2, as mlp_layer",
+            "first_k_dense_replace: found 1, expected 2; as many dense layers as mlp_layer_types has",
         ),
-        ({"mlp_layer_types": ["sparse", "dense"] * 2}, "mlp_layer_types: found another order"),
+        (
+            {"mlp_layer_types": ["sparse", "dense"] * 2},
+            "mlp_layer_types: found ['sparse', 'dense', 'sparse', 'dense'], expected 5: dense ones, then sparse",
+        ),
         ({"prefix_dense_sliding_window_pattern": 4}, "prefix_dense_sliding_window_pattern: found 4, expected 1"),
         ({"shared_expert_combination_strategy": "sum"}, "shared_expert_combination_strategy: found 'sum'"),
         ({"use_parallel_block": False}, "use_parallel_block: found False"),

@@ -14,7 +14,15 @@ from test_dialects import keys_of, shown, tensor_names
 
 from convert_drafter.converters.dialects import CELLS, Cell, objections, read, write
 from convert_drafter.converters.errors import BadFact, WrongInput
-from convert_drafter.converters.spec import DrafterSpec, Experts, LinearAttention, Rope, spec_from
+from convert_drafter.converters.spec import (
+    DrafterSpec,
+    Experts,
+    Indexer,
+    LinearAttention,
+    Rope,
+    Streams,
+    spec_from,
+)
 
 CELL_LIST = [cell for cell in CELLS.values() if any(row.field == "linear_attention.layers" for row in cell.rows)]
 by_cell = pytest.mark.parametrize("cell", CELL_LIST, ids=lambda cell: cell.kind)
@@ -37,6 +45,11 @@ SPEC = DrafterSpec(
 )
 OWN: dict[str, dict[str, Any]] = {"mtp-qwen35": {}, "mtp-qwen35moe": {"experts": Experts(8, 3, 48)}}
 OWN["mtp-qwen3next"] = OWN["mtp-qwen35moe"]
+OWN["mtp-qwen4exp"] = {
+    **OWN["mtp-qwen35moe"],
+    "indexer": Indexer(8, 64, 32, pool_size=4),
+    "streams": Streams(3, 24),
+}
 
 
 def of_kind(spec: DrafterSpec, cell: Cell) -> DrafterSpec:

@@ -150,7 +150,10 @@ def test_the_published_config_is_read(tmp_path: Path) -> None:
         ({"attention_bias": True}, "attention_bias: found True, expected False"),
         ({"rope_parameters__partial_rotary_factor": 0.5}, "partial_rotary_factor: found 0.5, expected 1"),
         ({"scoring_func": "softmax"}, "scoring_func: found 'softmax', expected 'sigmoid'"),
-        ({"first_k_dense_replace": DELETE}, "trunk.dense_layer_count: missing (looked at first_k_dense_replace)"),
+        (
+            {"first_k_dense_replace": DELETE},
+            "dense_layer_count: missing (looked at first_k_dense_replace or mlp_layer_types)",
+        ),
         ({"first_k_dense_replace": 4}, "trunk.dense_layer_count: llama.cpp's head is a mixture"),
         ({"mlp_layer_types": ["dense", "sparse", "dense"]}, "expected 3: dense ones, then sparse ones"),
         ({"mlp_layer_types": ["dense", "dense", "sparse"]}, "first_k_dense_replace: found 1, expected 2"),

@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 from published import FIXTURES
 from test_dialects import keys_of, shown, tensor_names
 
-from convert_drafter.converters.dialects import CELLS, Cell, objections, read, write
+from convert_drafter.converters.dialects import Cell, llama_cpp_mtp_swa, objections, read, write
 from convert_drafter.converters.errors import BadFact, WrongInput
 from convert_drafter.converters.spec import (
-    BEFORE_NORM,
     DrafterSpec,
     Experts,
     Rope,
@@ -24,7 +23,7 @@ from convert_drafter.converters.spec import (
     spec_from,
 )
 
-CELL_LIST = [cell for cell in CELLS.values() if cell.kind in BEFORE_NORM]
+CELL_LIST = llama_cpp_mtp_swa.CELLS
 by_cell = pytest.mark.parametrize("cell", CELL_LIST, ids=lambda cell: cell.kind)
 SPEC = DrafterSpec(
     kind="mtp-step35",

@@ -12,6 +12,7 @@ import jsonschema
 import pytest
 from fake_llama_server import make
 from mtp_checkpoints import small
+from other_tokenizers import Change, swapped, write_tokenizer
 from published import PAIR
 from server_helps import CURRENT, HELPS
 
@@ -162,20 +163,8 @@ def test_no_target(plans: Callable[..., Plans]) -> None:
 # --- tokenizer (A2-23) ---
 
 
-def with_tokenizer(folder: Path, change: Callable[[dict[str, Any]], object] = lambda raw: None) -> Path:
-    shutil.copytree(DRAFTER, folder)
-    raw = json.loads((TARGET / "tokenizer.json").read_text())
-    change(raw)
-    (folder / "tokenizer.json").write_text(json.dumps(raw))
-    shutil.copy(TARGET / "tokenizer_config.json", folder)
-    return folder
-
-
-def swapped(raw: dict[str, Any]) -> None:
-    """Two ordinary tokens change places: the same words, the same number of them."""
-    vocab = raw["model"]["vocab"]
-    first, second = list(vocab)[300:302]
-    vocab[first], vocab[second] = vocab[second], vocab[first]
+def with_tokenizer(folder: Path, change: Change = lambda raw: None) -> Path:
+    return write_tokenizer(shutil.copytree(DRAFTER, folder), change)
 
 
 def test_a_drafter_with_its_target_s_tokenizer(plans: Callable[..., Plans], tmp_path: Path) -> None:

@@ -668,7 +668,8 @@ REFUSED = [
 # Targets, and what is looked at in test_config_table.py alone.
 TARGETS = {
     "Qwen__Qwen3.6-27B", "zai-org__GLM-5.1", "XiaomiMiMo__MiMo-7B", "deepseek-ai__DeepSeek-V3-R1",
-    "deepseek-ai__DeepSeek-V4-Flash-0731", "deepseek-ai__DeepSeek-V4-Pro-DSpark", "unknown__qwen4_exp",
+    "deepseek-ai__DeepSeek-V4-Flash", "deepseek-ai__DeepSeek-V4-Flash-0731", "deepseek-ai__DeepSeek-V4-Pro-DSpark",
+    "unknown__qwen4_exp",
     "google__gemma-4-E2B-it-assistant", "google__gemma-4-26B-A4B-it-assistant", "google__gemma-4-31B-it-assistant",
     "SpecForge__glm-5.2-dspark", "SpecForge__inkling-dspark", "SpecForge__kimi-k3-dspark",
     "SpecForge__ling-3.0-tiny-dspark", "SpecForge__qwen3-8b-dspark", "SpecForge__qwen3.6-27b-domino-full-attention",

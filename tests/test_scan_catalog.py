@@ -210,6 +210,8 @@ def test_an_empty_file(tmp_path: Path, suffix: str) -> None:
     """A0-9."""
     (tmp_path / f"c{suffix}").write_text("")
     assert not speculative_draft_model_keys(read_catalog(tmp_path / f"c{suffix}"))
+    (note,) = scan(tmp_path, tmp_path / f"c{suffix}").notes
+    assert "names no drafter" in note and not scan(tmp_path).notes
 
 
 @pytest.mark.parametrize(

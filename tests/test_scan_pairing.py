@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from published import PAIR, dflash_shapes, small_checkpoint, small_config
+from published import (
+    DELETE,
+    PAIR,
+    SMALL_VOCAB,
+    dflash_shapes,
+    eagle3_shapes,
+    published_config,
+    random_tensors,
+    scaled_down,
+    small_checkpoint,
+    small_config,
+    write_checkpoint,
+)
 from scan_tree import drafter_gguf, hub, small_folder, small_gguf
 from target_gguf import write_target
 
 from convert_drafter.converters import scan
-from convert_drafter.converters.scan.found import Pair
+from convert_drafter.converters.cli import main
+from convert_drafter.converters.convert import read_published
+from convert_drafter.converters.scan.found import Artifact, Pair, Scan, What
 
 SHAPES = {"hidden_size": 64, "num_hidden_layers": 6, "vocab_size": 256}
 
@@ -28,6 +43,14 @@ def pair_of(root: Path) -> Pair:
     """The one drafter's."""
     (pair,) = scan(root).pairs
     return pair
+
+
+def drafter_of(found: Scan, runtime: str = "") -> Artifact:
+    """The one drafter, or the one for a runtime."""
+    (only,) = [
+        each for each in found.artifacts if each.what is What.DRAFTER and (not runtime or each.runtime == runtime)
+    ]
+    return only
 
 
 def name_of(pair: Pair) -> str | None:
@@ -109,6 +132,58 @@ def test_other_tokens(tmp_path: Path) -> None:
     write_target(PAIR / "target", tmp_path / "same.gguf")
     pair = pair_of(tmp_path)
     assert name_of(pair) == "same" and pair.evidence[-1] == "the same tokens"
+
+
+# --- what a drafter alone does not tell ---
+
+
+def test_a_config_without_the_target_s_depth(tmp_path: Path) -> None:
+    """Its capture layers still rule a target out; the one that is left tells the depth, and `convert` takes it."""
+    small_checkpoint(tmp_path / "drafter", num_target_layers=DELETE)
+    target(tmp_path / "Shallow", num_hidden_layers=3)
+    found = scan(tmp_path)
+    assert found.pairs[0].target is None and "target_layer_count: missing" in drafter_of(found).notes[0]
+    target(tmp_path / "X")
+    found = scan(tmp_path)
+    (pair,) = found.pairs
+    assert (name_of(pair), pair.basis) == ("X", "shapes")
+    assert drafter_of(found) is pair.drafter and pair.drafter.shape.depth == 6
+    (note,) = pair.drafter.notes
+    assert note.endswith(f"`convert` needs --target {tmp_path / 'X'}")
+    assert read_published(pair.drafter.path, tmp_path / "X").spec.target_layer_count == 6
+
+
+def test_what_a_target_does_not_tell_either_is_still_said(tmp_path: Path) -> None:
+    small_checkpoint(tmp_path / "drafter", num_target_layers=DELETE, rms_norm_eps=DELETE)
+    target(tmp_path / "X")
+    (pair,) = scan(tmp_path).pairs
+    assert name_of(pair) == "X" and "refuses it as it is" in pair.drafter.notes[0]
+
+
+def test_an_eagle3_without_capture_layers_in_its_config(tmp_path: Path) -> None:
+    """It fuses three states, whatever its config lists, so fc tells the target's width."""
+    config = scaled_down(published_config("SpecForge__qwen3-4b-eagle3"))
+    write_checkpoint(tmp_path / "drafter", config, random_tensors(eagle3_shapes(config)))
+    for name, width in (("X", 96), ("Wide", 128)):
+        target(tmp_path / name, hidden_size=width, vocab_size=SMALL_VOCAB)
+    (pair,) = scan(tmp_path).pairs
+    assert (name_of(pair), pair.evidence) == ("X", ("hidden size 96", f"vocabulary {SMALL_VOCAB} tokens"))
+    assert "capture layers: missing" in pair.drafter.notes[0]
+
+
+def test_the_line_that_rewrites_a_dialect_has_the_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dialect without a tokenizer takes it of the target that was found; the line does what it says."""
+    monkeypatch.chdir(tmp_path)
+    drafter_gguf(Path("luce drafter.gguf"), "lucebox")
+    assert "takes more than it says" in drafter_of(scan(Path())).notes[0]
+    write_target(PAIR / "target", Path("target.gguf"))
+    drafter = drafter_of(scan(Path()))
+    assert drafter.notes == ("llama.cpp does not know its dialect, lucebox's (qwen35-dflash-draft)",)
+    words = shlex.split(drafter.mend)
+    assert words[:5] == ["convert-drafter", "redialect", "luce drafter.gguf", "--target", "target.gguf"]
+    with pytest.raises(SystemExit) as exit_:
+        main(words[1:])
+    assert exit_.value.code == 0 and drafter_of(scan(Path()), "llama.cpp").faults == ()
 
 
 # --- what is recorded ---

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFValueType
-from target_gguf import write_target
+from target_gguf import split_gguf, write_target
 
 from convert_drafter.converters.errors import WrongInput
 from convert_drafter.converters.gguf_file import KeyValue, StoredTensor, write_gguf
+from convert_drafter.converters.gguf_model import parts_of, read_model
 from convert_drafter.converters.gguf_read import LONG, read_gguf, skim_gguf
 from convert_drafter.converters.tokenizer import TOKENS, vocabulary_hash
 
@@ -74,3 +75,28 @@ def test_a_part_of_a_model_is_taken(tmp_path: Path) -> None:
     assert skim_gguf(path).parts == 3
     with pytest.raises(WrongInput, match="one of 3 parts"):
         read_gguf(path)
+
+
+# --- a model in several files ---
+
+
+def test_a_model_in_parts_is_the_model(target: Path, tmp_path: Path) -> None:
+    whole = read_gguf(target)
+    first, *others = split_gguf(target, tmp_path / "big-F32")
+    found = read_model(first)
+    assert found.tensors == whole.tensors and found.parts == 3
+    assert {key: entry for key, entry in found.keys.items() if not key.startswith("split.")} == whole.keys
+    assert parts_of(others[1]) == (first, *others) and parts_of(target) == (target,)
+    assert read_model(target) == whole
+
+
+def test_a_part_that_is_missing_or_not_the_first(target: Path, tmp_path: Path) -> None:
+    first, second, _ = split_gguf(target, tmp_path / "big")
+    with pytest.raises(WrongInput, match=r"expected the first of them under its own name, \.\.\.-00001-of-00003\.gguf"):
+        read_model(second)
+    with pytest.raises(WrongInput, match="the first of them"):
+        read_model(first.rename(tmp_path / "renamed.gguf"))
+    (tmp_path / "renamed.gguf").rename(first)
+    second.unlink()
+    with pytest.raises(WrongInput, match=r"big-00002-of-00003\.gguf: missing, .* download it beside the others"):
+        read_model(first)

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_llama_server import HELP, make
 from published import PAIR, small_checkpoint
+from target_gguf import split_gguf, write_target
 
 from convert_drafter.converters import ConvertJob, QuantizeJob, TypeOptions, VerifyJob, convert, file_hash, stamp
 from convert_drafter.converters.cli import main
@@ -253,6 +255,42 @@ def test_a_verification_is_its_settings_and_every_file_it_reads(tmp_path: Path) 
     }
     rewritten(target / "model.safetensors")
     assert standing(asked).reasons == ("folder/model.safetensors: changed",)
+
+
+def test_llama_server_is_its_program_and_its_libraries(tmp_path: Path) -> None:
+    """A rebuilt libllama under the same program is another engine; what else lies in its folder is not."""
+    for folder in ("bin", "lib"):
+        (tmp_path / folder).mkdir()
+    server = make(tmp_path / "bin", help=HELP)
+    for name in ("bin/libllama.so.0.6.0", "bin/libggml-cpu.so", "lib/libmtmd.dylib", "lib/libllama.so.0.6.0"):
+        (tmp_path / name).write_text("code")
+    (tmp_path / "bin" / "libllama.so").symlink_to("libllama.so.0.6.0")
+    for name in ("bin/libother.so", "bin/llama-cli", "bin/llama.txt"):
+        (tmp_path / name).write_text("not its own")
+    target = write_target(PAIR / "target", tmp_path / "target.gguf")
+    asked = Verification(VerifyJob(target, (target,), server=server), tmp_path / "a.verdict.json")
+    (tmp_path / "a.verdict.json").write_text("a verdict")
+    record(standing(asked))
+    known = read_stamp(tmp_path / "a.verdict.json")
+    assert known is not None and {name for name in known.inputs if "server" in name} == {
+        "llama-server", *(f"llama-server/{name}" for name in ("libllama.so.0.6.0", "libggml-cpu.so", "libmtmd.dylib"))
+    }  # fmt: skip
+    (tmp_path / "bin" / "libother.so").write_text("changed")
+    assert standing(asked).up_to_date
+    rewritten(tmp_path / "bin" / "libllama.so.0.6.0")
+    assert standing(asked).reasons == ("llama-server/libllama.so.0.6.0: changed",)
+
+
+def test_a_target_in_parts_is_all_of_them(tmp_path: Path) -> None:
+    first, second, _ = split_gguf(write_target(PAIR / "target", tmp_path / "target.gguf"), tmp_path / "parts")
+    file, verdict = tmp_path / "a.gguf", tmp_path / "a.verdict.json"
+    file.write_text("a drafter")
+    verdict.write_text("a verdict")
+    asked = Verification(VerifyJob(file, (first,), server=make(tmp_path, help=HELP)), verdict)
+    record(standing(asked))
+    assert standing(asked).up_to_date
+    rewritten(second)
+    assert standing(asked).reasons == (f"gguf/{second.name}: changed",)
 
 
 # --- hashes ---

@@ -101,6 +101,7 @@ def test_gguf_facts(tmp_path: Path) -> None:
 
 def test_gguf_without_a_name_is_called_after_its_file(tmp_path: Path) -> None:
     assert read_target(gguf(tmp_path / "x.gguf", **HEADER)).name == "x"
+    assert read_target(gguf(tmp_path / "x-00001-of-00001.gguf", **HEADER)).name == "x"
 
 
 @pytest.mark.parametrize(("sections", "expected"), [([11, 11, 10, 0], True), ([0, 0, 0, 0], False)])

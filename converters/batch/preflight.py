@@ -18,9 +18,13 @@ from convert_drafter.converters.errors import DrafterError, Problems
 from convert_drafter.converters.gguf_file import KeyValue
 from convert_drafter.converters.hub import Part, fetch
 from convert_drafter.converters.hub_gguf import fetch_header
+from convert_drafter.converters.pairing import check_pairing
+from convert_drafter.converters.preflight import tokenizer_gate
 from convert_drafter.converters.quantize import QuantizeJob, prepare_quantize
 from convert_drafter.converters.stamp import Verification
+from convert_drafter.converters.structure import survey
 from convert_drafter.converters.target import read_target
+from convert_drafter.converters.verdict import Gate, Outcome
 from convert_drafter.converters.verify.prompts import read_prompts
 from convert_drafter.converters.verify.reports import html
 from convert_drafter.converters.verify.verify import find_engine
@@ -70,17 +74,30 @@ def preflight(
     tasks: Sequence[Task],
     problems: Sequence[str] = (),
     watch: Callable[[str, int, int], None] = lambda phase, done, total: None,
+    strict: bool = False,
 ) -> Preflight:
-    """Look at every task; `problems` of reading them are handed through."""
-    checks: list[Checked] = []
-    for task in tasks:
-        watch("looking at jobs", len(checks), len(tasks))
-        checks.append(_checked(task, {check.task.name: check for check in checks}))
-    return Preflight(tuple(problems), tuple(checks), tuple(_disks(checks)))
+    """Look at every task; `problems` of reading them are handed through, `strict` makes warnings faults."""
+    before: dict[str, Checked] = {}
+    for task in _in_order(tasks):
+        watch("looking at jobs", len(before), len(tasks))
+        before[task.name] = _checked(task, before, _Findings(strict))
+    checks = tuple(before[name] for name in dict.fromkeys(task.name for task in tasks))
+    return Preflight(tuple(problems), checks, tuple(_disks(checks)))
+
+
+def _in_order(tasks: Sequence[Task]) -> Iterator[Task]:
+    """Makers before those that read what they make, as a batch runs them; a circle, already a problem, as it is."""
+    waiting = list(tasks)
+    while waiting:
+        names = {task.name for task in waiting}
+        free = [task for task in waiting if not names & set(task.after)] or waiting
+        yield from free
+        waiting = [task for task in waiting if not any(task is other for other in free)]
 
 
 @dataclass
 class _Findings:
+    strict: bool = False
     faults: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     n_bytes: int | None = None
@@ -96,9 +113,19 @@ class _Findings:
         except OSError as error:
             self.faults.append(f"{error.filename or 'disk'}: {error.strerror or error}")
 
+    def warn(self, warnings: Iterable[str]) -> None:
+        (self.faults if self.strict else self.notes).extend(warnings)
 
-def _checked(task: Task, before: dict[str, Checked]) -> Checked:
-    found = _Findings()
+    def gate(self, gate: Gate) -> None:
+        """What a gate of `doctor` says of one file, as far as it is not simply right."""
+        said = ": ".join((gate.name, gate.summary, *gate.details[:1]))
+        if gate.outcome is Outcome.FAIL:
+            self.faults.append(said)
+        elif gate.outcome in (Outcome.ADVICE, Outcome.UNDECIDED):
+            self.warn([said])
+
+
+def _checked(task: Task, before: dict[str, Checked], found: _Findings) -> Checked:
     awaited = [path for path in task.inputs if not path.exists() and any(_makes(before, task, path))]
     for path in awaited:
         found.notes.append(f"{path}: is made by an earlier task, and looked at then")
@@ -110,8 +137,14 @@ def _checked(task: Task, before: dict[str, Checked]) -> Checked:
     elif not awaited and not found.faults:
         found.ask(lambda: _decided(job, found))
     elif isinstance(job, QuantizeJob):
-        found.n_bytes = max((before[name].n_bytes or 0 for name in task.after if name in before), default=0)
+        found.n_bytes = max((size for name in task.after if (size := _size_of(name, before))), default=None)
+    lost = [name for name in task.after if name in before and before[name].faults]
+    found.faults += [f"waits for {name}, which cannot begin" for name in lost]
     return Checked(task, tuple(dict.fromkeys(found.faults)), tuple(found.notes), found.n_bytes)
+
+
+def _size_of(name: str, before: dict[str, Checked]) -> int | None:
+    return before[name].n_bytes if name in before else None
 
 
 def _makes(before: dict[str, Checked], task: Task, path: Path) -> Iterator[bool]:
@@ -125,11 +158,12 @@ def _decided(job: ConvertJob | QuantizeJob, found: _Findings) -> None:
         job = replace(job, out=_existing(job.out.parent) / f"{job.out.name}{NOT_THERE_YET}")
     if isinstance(job, QuantizeJob):
         quantization = prepare_quantize(job)
-        found.notes += quantization.warnings
+        found.warn(quantization.warnings)
         found.n_bytes = quantization.n_bytes + _head_bytes(quantization.keys, len(quantization.recodings))
         return
     conversion = prepare_attach(job) if job.attach else prepare(job)
-    found.notes += conversion.warnings
+    found.warn(conversion.warnings)
+    found.gate(tokenizer_gate(conversion))
     base = len(conversion.base.tensors) if conversion.base else 0
     found.n_bytes = conversion.n_bytes + _head_bytes(conversion.keys, base + len(conversion.plan.tensors))
 
@@ -144,13 +178,14 @@ def _verification(asked: Verification, awaited: Sequence[Path], found: _Findings
     found.ask(lambda: html.check(asked.html))
     found.ask(lambda: _engines(asked))
     found.ask(lambda: _prompts(job.prompts))
-    for target in job.targets:
-        if target not in awaited:
-            found.ask(lambda target=target: _target(target))  # type: ignore[misc]
+    there = [target for target in job.targets if target not in awaited]
+    for target in there:
+        found.ask(lambda target=target: _target(target))  # type: ignore[misc]
     if job.source is not None and job.source not in awaited:
         found.ask(lambda: _source(job.source))
     if job.file not in awaited:
-        found.ask(lambda: _drafter(job.file, found))
+        faulty = len(found.faults)
+        found.ask(lambda: _drafter(job.file, there if not faulty else (), found))
 
 
 def _engines(asked: Verification) -> None:
@@ -174,8 +209,13 @@ def _source(path: Path | None) -> None:
         open_checkpoint(fetch(path, Part.DRAFTER, needed), needed)
 
 
-def _drafter(path: Path, found: _Findings) -> None:
-    found.faults += [f"{path}: {problem}" for problem in read_drafter_file(fetch_header(path)).problems]
+def _drafter(path: Path, targets: Sequence[Path], found: _Findings) -> None:
+    """The file, and whether it is these targets': to run a pair that is none takes as long."""
+    drafter = read_drafter_file(fetch_header(path))
+    found.faults += [f"{path}: {problem}" for problem in drafter.problems]
+    for target in () if drafter.problems else targets:
+        place = fetch(target, Part.CONFIG)
+        found.gate(check_pairing(survey(drafter.file, drafter.cell, read_target(place)), place))
 
 
 # --- places ---

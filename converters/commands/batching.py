@@ -59,10 +59,10 @@ def _exit_code(summary: Summary) -> int:
     return INTERRUPTED if summary.interrupted else NO if summary.failed else 0
 
 
-def doctor_jobs(path: Path, as_json: bool) -> int:
+def doctor_jobs(path: Path, strict: bool, as_json: bool) -> int:
     """`doctor --jobs`: whether every job can begin; 1 where one cannot."""
     tasks, problems = survey_jobs(path)
     with phases() as watch:
-        found = preflight(tasks, problems, watch)
+        found = preflight(tasks, problems, watch, strict)
     emit(as_json, show_batch.preflight_json(path, found), lambda: plain(show_batch.preflight(path, found)))
     return NO if found.faulty else 0

@@ -49,7 +49,7 @@ def inspect_command(path: Path, target: Path | None, settings: dict[str, str], a
 @click.argument("path", metavar="DRAFTER", type=INPUT)
 @click.option("--target", type=INPUT, help="The target's Hugging Face folder or GGUF: is the file this target's?")
 @click.option("--source", type=INPUT, help="The checkpoint: are these its facts and its weights?")
-@click.option("--jobs", is_flag=True, help="FILE is a jobs.toml: can every job of it begin?")
+@click.option("--jobs", is_flag=True, help="DRAFTER is a jobs.toml: can every job of it begin?")
 @plans_options
 @json_option
 def doctor_command(
@@ -60,11 +60,14 @@ def doctor_command(
     Of a checkpoint's folder, what would go wrong in converting and serving it. Nothing is written or started.
 
     \b
-    convert-drafter doctor dflash-Qwen3.6-27B-Q8_0.gguf --target Qwen3.6-27B --source Qwen3.6-27B-DFlash
-    convert-drafter doctor Qwen3.6-27B-DFlash --target Qwen3.6-27B --quant Q8_0 --parallel 4
+    convert-drafter doctor dflash-Qwen3.6-27B-Q8_0.gguf \\
+        --target Qwen3.6-27B --source Qwen3.6-27B-DFlash
+    convert-drafter doctor Qwen3.6-27B-DFlash \\
+        --target Qwen3.6-27B --quant Q8_0 --parallel 4
+    convert-drafter doctor --jobs jobs.toml
     """
     if jobs:
-        return _doctor_jobs(path, target, source, as_json)
+        return _doctor_jobs(path, target, source, plans, as_json)
     if is_checkpoint(path) and source is None:
         gates = preflight(path, target, plans)
     else:
@@ -75,12 +78,14 @@ def doctor_command(
     return int(any(gate.outcome is Outcome.FAIL for gate in gates))
 
 
-def _doctor_jobs(path: Path, target: Path | None, source: Path | None, as_json: bool) -> int:
+def _doctor_jobs(path: Path, target: Path | None, source: Path | None, plans: Plans, as_json: bool) -> int:
     from convert_drafter.converters.commands.batching import doctor_jobs  # which reads jobs with the commands here
 
     if target is not None or source is not None:
         raise click.UsageError("--jobs: a jobs.toml names targets and sources itself; leave --target and --source out")
-    return doctor_jobs(path, as_json)
+    if replace(plans, strict=False) != Plans():
+        raise click.UsageError("--jobs: a jobs.toml says itself what is planned; only --strict and --json go with it")
+    return doctor_jobs(path, plans.strict, as_json)
 
 
 @click.command("verify")
@@ -92,7 +97,8 @@ def verify_command(job: VerifyJob, strict: bool, json_out: Path | None, html_out
     """Run a drafter's GGUF with its target and say whether it is as good as the original: 0 yes, 1 no.
 
     \b
-    convert-drafter verify dflash-Qwen3.6-27B-Q8_0.gguf --target Qwen3.6-27B --source Qwen3.6-27B-DFlash
+    convert-drafter verify dflash-Qwen3.6-27B-Q8_0.gguf \\
+        --target Qwen3.6-27B --source Qwen3.6-27B-DFlash
     """
     places = {report.write_json: json_out, html.write_page: html_out}
     written = {write: path for write, path in places.items() if path is not None and path != STDOUT}

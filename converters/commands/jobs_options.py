@@ -14,7 +14,9 @@ from typing import Any
 
 import click
 
+from convert_drafter.converters.commands.options import RECIPE
 from convert_drafter.converters.errors import WrongUsage
+from convert_drafter.converters.recipes import expected_recipe
 from convert_drafter.converters.repository import repository_of
 
 # what belongs to a terminal, or is never right unattended: a batch always skips what is up to date
@@ -57,7 +59,7 @@ def read_value(param: click.Parameter, value: Any, folder: Path) -> Any:
         whole: Any = found[0] if single else tuple(found)
         return param.callback(context, param, whole) if param.callback else whole
     except (click.UsageError, WrongUsage) as error:
-        raise BadValue(f"found {_shown(value)}, {_expected(param, error)}") from error
+        raise BadValue(f"found {_shown(value)}, {_expected(param, value, error)}") from error
 
 
 def _placed(param: click.Parameter, value: Path, folder: Path) -> Path:
@@ -86,7 +88,9 @@ def _shown(value: Any) -> str:
     return json.dumps(value, default=str)
 
 
-def _expected(param: click.Parameter, error: Exception) -> str:
+def _expected(param: click.Parameter, value: Any, error: Exception) -> str:
+    if param.type is RECIPE:  # thirty and more names would bury the other problems
+        return f"{expected_recipe(str(value))} (`list recipes` has all)"
     if isinstance(param.type, click.Choice):
         return f"expected one of {', '.join(map(str, param.type.choices))}"
     message = error.message if isinstance(error, click.ClickException) else str(error)

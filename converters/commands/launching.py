@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -21,6 +22,8 @@ from convert_drafter.converters.launch.reload import read_stamp, reasons
 from convert_drafter.converters.launch.resolve import Ngram
 from convert_drafter.converters.launch.stamp import stamp
 
+# click would part names at their hyphens, which cannot be copied
+MODE_LINES = "\n".join(textwrap.wrap(", ".join(MODES), 44, break_on_hyphens=False))
 NO_RELOAD = 1  # the answer to "is a reload needed?" is no
 
 
@@ -49,7 +52,7 @@ def launch_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.argument("file", metavar="FILE", type=INPUT),
         click.argument("extra", metavar="[-- OPTION...]", nargs=-1, type=click.UNPROCESSED),
         click.option("--target", type=INPUT, help="The target's GGUF, or its folder; none where FILE has it in it."),
-        click.option("--mode", metavar="MODE", help=f"How to draft: {', '.join(MODES)}, or two with +."),
+        click.option("--mode", metavar="MODE", help=f"\b\nHow to draft, or two with +:\n{MODE_LINES}"),
         click.option("--draft-length", type=click.IntRange(1, 2**16), metavar="N", help="Tokens drafted in a step."),
         click.option("--measured", type=INPUT, metavar="R.json", help="What verify --json found: its best length."),
         click.option("--engine", type=click.Choice(ENGINES), help="Who serves; without it whom FILE was made for."),

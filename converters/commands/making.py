@@ -102,7 +102,8 @@ def redialect(dry_run: bool, as_json: bool, **options: Any) -> None:
     """Rewrite a drafter's GGUF for another runtime; weights are copied as they are.
 
     \b
-    convert-drafter redialect dflash-Qwen3.6-27B-Q8_0.gguf --for ik_llama.cpp -o ik-dflash-Qwen3.6-27B-Q8_0.gguf
+    convert-drafter redialect dflash-Qwen3.6-27B-Q8_0.gguf \\
+        --for ik_llama.cpp -o ik-dflash-Qwen3.6-27B-Q8_0.gguf
     """
     decided = prepare_redialect(RedialectJob(**options))
     show.warnings(errors, decided.warnings)

@@ -151,8 +151,8 @@ def plans_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed((
         click.option("--for", "runtime", type=click.Choice(RUNTIMES, case_sensitive=False), default=usual.runtime,
                      help="A checkpoint: the runtime it is to be converted for."),
-        click.option("--quant", "recipe", metavar="RECIPE", type=click.Choice(list(RECIPES), case_sensitive=False),
-                     default=usual.recipe, help="A checkpoint: how its weights are to be stored."),
+        click.option("--quant", "recipe", metavar="RECIPE", type=RECIPE, default=usual.recipe,
+                     help="A checkpoint: how its weights are to be stored."),
         click.option("-o", "--out", type=INPUT, default=usual.out, help="A checkpoint: the GGUF to be written."),
         click.option("--mode", metavar="MODE", help="Serving: how it is to draft, as for launch."),
         click.option("--draft-length", type=click.IntRange(1, 2**16), metavar="N", help="Serving: tokens in a step."),

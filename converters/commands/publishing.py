@@ -33,7 +33,8 @@ def card_command(
     """Write the README.md of a repository of drafter GGUFs: what they are, sums, acceptance, how to run them.
 
     \b
-    convert-drafter card dflash-Q8_0.gguf dflash-Q4_K_M.gguf --verify q8.json --verify q4.json -o README.md
+    convert-drafter card dflash-Q8_0.gguf dflash-Q4_K_M.gguf \\
+        --verify q8.json --verify q4.json -o README.md
     """
     files = [fetch_whole(path) for path in files]
     if out is not None:

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from convert_drafter.converters.commands.amounts import size
 from convert_drafter.converters.convert import Conversion, Report, launch_command
 from convert_drafter.converters.dialects import CELLS
 from convert_drafter.converters.drafter_file import Fact
@@ -22,15 +23,6 @@ from convert_drafter.quant import TYPES
 from convert_drafter.quant.measure import Errors
 
 WIDTH = 1000  # never fold: a terminal does it by itself, a file or a pipe should not have it
-UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
-
-
-def size(n_bytes: int) -> str:
-    """Bytes as a person reads them: 13.4 MiB."""
-    value, unit = float(n_bytes), 0
-    while value >= 1024 and unit < len(UNITS) - 1:
-        value, unit = value / 1024, unit + 1
-    return f"{value:.1f} {UNITS[unit]}" if unit else f"{n_bytes} B"
 
 
 def warnings(console: Console, messages: Sequence[str]) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 from convert_drafter.converters.batch.log import log_path
 from convert_drafter.converters.batch.preflight import Checked, Preflight
 from convert_drafter.converters.batch.task import Result, Status, Summary, Task
-from convert_drafter.converters.commands.show import render, size, table
+from convert_drafter.converters.commands.amounts import count, size
+from convert_drafter.converters.commands.show import render, table
 
 WIDTH, NAME = 80, 44  # columns of a line, of a task's name
 PREFLIGHT, VERSION = "convert-drafter/jobs-doctor", 1
@@ -26,7 +27,7 @@ def summary(tasks: Sequence[Task], found: Summary, logs: Path) -> str:
     said = [line for result in failed for line in _failure(result, logs)]
     counts = Counter(result.status for result in found.results)
     total = ", ".join(f"{counts[status]} {status.value}" for status in Status if counts[status])
-    return render(rows, *(["", *said] if said else []), "", f"{len(tasks)} tasks: {total}; logs in {logs}")
+    return render(rows, *(["", *said] if said else []), "", f"{count(len(tasks), 'task')}: {total}; logs in {logs}")
 
 
 def _cut(name: str) -> list[str]:
@@ -101,10 +102,10 @@ def _checked(check: Checked) -> Iterator[str]:
 
 def _answer(found: Preflight) -> str:
     faulty = sum(bool(check.faults) for check in found.checks)
-    wrong = [f"{faulty} of {len(found.checks)} tasks cannot begin"] if faulty else []
-    wrong += [f"{len(found.problems)} problems of the file itself"] if found.problems else []
+    wrong = [f"{faulty} of {count(len(found.checks), 'task')} cannot begin"] if faulty else []
+    wrong += [f"{count(len(found.problems), 'problem')} of the file itself"] if found.problems else []
     wrong += ["not enough space"] if any(disk.fault for disk in found.disks) else []
-    return "; ".join(wrong) if wrong else f"{len(found.checks)} tasks can begin"
+    return "; ".join(wrong) if wrong else f"{count(len(found.checks), 'task')} can begin"
 
 
 def preflight_json(path: Path, found: Preflight) -> dict[str, Any]:

@@ -52,7 +52,8 @@ def reload(reasons: Sequence[Reason]) -> str:
 def _value(value: Any) -> str:
     """A file by its path; what else it has differs where the paths are the same."""
     if isinstance(value, dict) and "bytes" in value:
-        return str(value["path"]) if value["bytes"] is None else f"{value['path']} ({value['bytes']} bytes)"
+        said = " ".join(str(value[key]) for key in ("path", "version") if key in value)
+        return said if value["bytes"] is None else f"{said} ({value['bytes']} bytes)"
     if isinstance(value, dict):
         return ", ".join(f"{name} {part}" for name, part in value.items())
     if isinstance(value, list):

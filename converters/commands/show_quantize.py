@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from convert_drafter.converters.commands.show import error_table, errors_json, fallbacks, render, size, table, total
+from convert_drafter.converters.commands.amounts import size
+from convert_drafter.converters.commands.show import error_table, errors_json, fallbacks, render, table, total
 from convert_drafter.converters.quantize import Quantization, QuantizeReport
 from convert_drafter.converters.recipes import Choice
 

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from convert_drafter.converters.commands.show import size
+from convert_drafter.converters.commands.amounts import count, size
 from convert_drafter.converters.scan.found import Artifact, Model, Pair, Scan, What
 
 WIDTH = 80
@@ -50,15 +50,11 @@ def _counts(found: Scan) -> str:
     paired = sum(pair.target is not None for pair in drafters)
     faulty = sum(bool(each.faults) for each in artifacts)
     return (
-        f"{_count(len(models), 'model')} in {_count(len(artifacts), 'copy', 'copies')},"
-        f" {size(sum(each.n_bytes for each in artifacts))}; {_count(len(drafters), 'drafter')}"
+        f"{count(len(models), 'model')} in {count(len(artifacts), 'copy', 'copies')},"
+        f" {size(sum(each.n_bytes for each in artifacts))}; {count(len(drafters), 'drafter')}"
         f"{f', {paired} with the target here' if drafters else ''}"
         f"{f'; {faulty} with faults (!)' if faulty else ''}"
     )
-
-
-def _count(number: int, one: str, many: str = "") -> str:
-    return f"{number} {one if number == 1 else many or f'{one}s'}"
 
 
 def _model(model: Model, root: Path, pairs: Mapping[Path, Pair]) -> Iterator[str]:

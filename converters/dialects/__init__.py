@@ -12,9 +12,11 @@ from convert_drafter.converters.dialects import (
     llama_cpp_mtp,
     llama_cpp_mtp_bailing,
     llama_cpp_mtp_cohere,
+    llama_cpp_mtp_deepseek4,
     llama_cpp_mtp_hunyuan,
     llama_cpp_mtp_latent,
     llama_cpp_mtp_nemotron,
+    llama_cpp_mtp_qwen4,
     llama_cpp_mtp_swa,
     lucebox,
 )
@@ -37,7 +39,9 @@ CELLS: dict[tuple[str, str], Cell] = {
         *llama_cpp_mtp_latent.CELLS,
         *llama_cpp_mtp_swa.CELLS,
         *llama_cpp_mtp_bailing.CELLS,
+        *llama_cpp_mtp_deepseek4.CELLS,
         *llama_cpp_mtp_nemotron.CELLS,
+        *llama_cpp_mtp_qwen4.CELLS,
     )
 }
 RUNTIMES: tuple[str, ...] = tuple(dict.fromkeys(runtime for _, runtime in CELLS))

@@ -116,9 +116,10 @@ class Cell:
     `draft_type` is llama-server's name of how it drafts; `targets` the target architectures that hand out hidden
     states, True where also the last layer's; `tokenizer` tells whether the file carries the target's; `telling` is the
     tensor that tells this kind's files from those of another kind under the same `arch`, or from the target's own;
-    `launch_attached` runs a target that the drafter is attached to, None where it cannot be. `transforms` are done to a
-    tensor on its way from the hub into a file, and their inverses on the way back; `from_target` are the facts that
-    drafters of this kind take from their target where no key tells them.
+    `launch_attached` runs a target that the drafter is attached to, None where it cannot be: `apart` is why, what
+    follows on "such a drafter". `transforms` are done to a tensor on its way from the hub into a file, and their
+    inverses on the way back; `from_target` are the facts that drafters of this kind take from their target where no key
+    tells them.
     """
 
     kind: str
@@ -139,6 +140,7 @@ class Cell:
     notes: tuple[Note, ...] = ()
     telling: Role | None = None
     launch_attached: str | None = None
+    apart: str = "is a model of its own, expected an MTP head"
     transforms: Mapping[Role, Op] = field(default_factory=dict)
     from_target: frozenset[str] = frozenset({"embedding_scale", "rope.sections"})
 

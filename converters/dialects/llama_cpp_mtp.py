@@ -51,7 +51,11 @@ IN_EXPERTS = Codec(
     lambda width, facts: exactly(width, facts["feed_forward_size"], "wide experts"),
     lambda stored, facts: stored * facts["feed_forward_size"],
 )
-SCORING_NUMBERS = {"softmax": 1, "sigmoid": 2}  # llama_expert_gating_func_type in src/llama-hparams.h
+SCORING_NUMBERS = {
+    "softmax": 1,
+    "sigmoid": 2,
+    "sqrtsoftplus": 4,
+}  # llama_expert_gating_func_type in src/llama-hparams.h
 SCORING = Codec(
     "SCORING",
     lambda name, _: SCORING_NUMBERS[name],

@@ -15,12 +15,14 @@ from convert_drafter.converters.drafters import (
     mtp,
     mtp_bailing,
     mtp_cohere,
+    mtp_deepseek4,
     mtp_glm,
     mtp_hunyuan,
     mtp_latent,
     mtp_mimo,
     mtp_nemotron,
     mtp_qwen,
+    mtp_qwen4,
     mtp_step,
 )
 from convert_drafter.converters.drafters.dflash import DFLASH
@@ -36,9 +38,11 @@ from convert_drafter.converters.plan import TensorRule
 
 HEADS = (
     *mtp_qwen.FAMILIES,
+    *mtp_qwen4.FAMILIES,
     *mtp_glm.FAMILIES,
     *mtp_latent.FAMILIES,
     *mtp_bailing.FAMILIES,
+    *mtp_deepseek4.FAMILIES,
     *mtp_hunyuan.FAMILIES,
     *mtp_cohere.FAMILIES,
     *mtp_nemotron.FAMILIES,
@@ -65,7 +69,7 @@ SIGNATURES = (
     Signature("DSpark inside DeepSeek-V4", r"mtp\.\d+\.(main_proj|main_norm|markov_head)\."),
     Signature("dspark", r"(dspark_)?(markov_head\.)?markov_w1|markov_head\."),
     Signature("Domino", r"domino_|prefix_gru\."),
-    Signature(MTP, r"mtp(_layers)?\.|layers\.\d+\.eh_proj\."),
+    Signature(MTP, r"mtp(_[a-z]+)*\.|layers\.\d+\.eh_proj\."),
     Signature("Laguna DFlash", r"aux_hidden_norms?\.|layers\.\d+\.self_attn\.(g_proj|qkv_proj)\."),
     Signature("gemma4-assistant", r"pre_projection\."),
     Signature("EAGLE-3 with multi-head latent attention", r"midlayer\.self_attn\.(q_a|q_b|kv_a|kv_b)_"),

@@ -23,11 +23,13 @@ from convert_drafter.converters.target import Target
 
 HEAD = re.compile(r"mtp\.")
 LAYER = re.compile(r"mtp\.layers\.(\d{1,9})\.")
+BLOCK = re.compile(r"mtp\.(\d{1,9})\.")
 APPENDED = re.compile(r"layers\.(\d{1,9})\.eh_proj\.")  # one more layer of the target is a head by this tensor
 NUMBER = re.compile(r"layers\.(\d{1,9})\.")
 # of the target, and in the head's own file
-SHARED = re.compile(r"((word_)?embed(ding|_token)s|embeddings|norm(_f)?|lm_head)\.")
+SHARED = re.compile(r"((word_)?embed(ding|_token)s|embed(dings)?|norm(_f)?|(lm_)?head)\.")
 COUNT, APPENDED_COUNT = "mtp_num_hidden_layers", "num_nextn_predict_layers"
+NESTED_COUNT = "mtp.num_hidden_layers"  # Qwen4Exp counts twice
 
 # Other targets with a head, by the class or model type in their config, and why it is not converted.
 NO_RUNTIME, NOT_YET = "no runtime loads it", "not converted yet"
@@ -44,6 +46,9 @@ REFUSED = {
         f"{NO_RUNTIME}: llama.cpp reads its head past and has no graph for it",
     ),
     "NemotronHPuzzleForCausalLM": f"{NO_RUNTIME}: llama.cpp's converter drops it (conversion/nemotron.py)",
+    "HYV4ForCausalLM": f"{NO_RUNTIME}: llama.cpp's converter drops it (conversion/hy_v4.py)",
+    "Ernie4_5_MoeForCausalLM": f"{NO_RUNTIME}: llama.cpp's converter drops it (conversion/ernie.py)",
+    "GlmOcrForConditionalGeneration": f"{NO_RUNTIME}: llama.cpp keeps its tensors and has no graph for them",
     "BailingMoeV2ForCausalLM": f"{NO_RUNTIME}: llama.cpp keeps its tensors and has no graph for them",
 }
 
@@ -84,7 +89,7 @@ def needed(names: Collection[str]) -> Collection[str]:
 
 def declared(reader: ConfigReader) -> int | None:
     """How many layers of a head the config counts; None where it does not say."""
-    return reader.find("layer_count", int, COUNT, APPENDED_COUNT)
+    return reader.find("layer_count", int, COUNT, APPENDED_COUNT, NESTED_COUNT)
 
 
 def find_family(reader: ConfigReader, architectures: Iterable[str], families: Iterable[Kind]) -> Kind:
@@ -134,6 +139,12 @@ def count_appended(reader: ConfigReader, headers: Headers, depth: int) -> int:
     found = numbers(headers, APPENDED)
     count = counted(reader, len(found), APPENDED_COUNT)
     return _agreed(reader, [f"layers.{i}.eh_proj" for i in found], found, depth, count)
+
+
+def count_blocks(reader: ConfigReader, headers: Headers) -> int:
+    """The number of heads that are numbered under `mtp`, by the tensors; the config has to agree (A5-2)."""
+    found = numbers(headers, BLOCK)
+    return _agreed(reader, [f"mtp.{i}" for i in found], found, 0, counted(reader, len(found), APPENDED_COUNT))
 
 
 def numbers(headers: Headers, layer: re.Pattern[str]) -> list[int]:
@@ -239,12 +250,15 @@ def is_tied(reader: ConfigReader) -> bool:
     return reader.find("head", bool, "tie_word_embeddings") is True
 
 
-def shared_rules(reader: ConfigReader, norm: Op = COPY, embedding: str = "embed_tokens") -> tuple[TensorRule, ...]:
-    """What a runtime needs of the target to load the head alone; Bailing calls its `embedding` otherwise."""
+def shared_rules(
+    reader: ConfigReader, norm: Op | None = COPY, embedding: str = "embed_tokens"
+) -> tuple[TensorRule, ...]:
+    """What a runtime needs of the target to load the head alone; Bailing calls its `embedding` otherwise, and Qwen4Exp
+    has no `norm`."""
     no_head = not reader.raw or is_tied(reader)  # of a config nobody gave nothing is known
     return (
         TensorRule(f"{embedding}.weight", Role.TOKEN_EMBEDDING, ("vocab", "hidden")),
-        TensorRule("norm.weight", Role.OUTPUT_NORM, ("hidden",), norm),
+        *([] if norm is None else [TensorRule("norm.weight", Role.OUTPUT_NORM, ("hidden",), norm)]),
         TensorRule("lm_head.weight", Role.OUTPUT, ("vocab", "hidden"), optional=no_head),
     )
 

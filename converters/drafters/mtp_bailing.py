@@ -19,7 +19,7 @@ from convert_drafter.converters.drafters.mtp import (
     shared_expert_rules,
     shared_rules,
 )
-from convert_drafter.converters.drafters.mtp_latent import parted, read_dense_layers
+from convert_drafter.converters.drafters.mtp_latent import parted, read_dense_layers, read_key
 from convert_drafter.converters.drafters.rope import read_theta
 from convert_drafter.converters.latent import KEYS, VALUES
 from convert_drafter.converters.plan import TensorRule
@@ -37,11 +37,7 @@ def read_spec(reader: ConfigReader, headers: Headers, target: Target | None) -> 
     check_bailing(reader)
     depth = read_depth(reader)
     count = count_appended(reader, headers, depth)
-    reader.origins["kv_head_count"] = "what is kept is one latent state for all heads"
-    rotated = reader.get("rope.dimensions", int, "qk_rope_head_dim")
-    plain = reader.get("head_dim", int, "qk_nope_head_dim")
-    reader.origins["head_dim"] = "qk_nope_head_dim + qk_rope_head_dim"
-    reader.expect("qk_head_dim", plain + rotated, "the width of a key, rotated and not")
+    plain, rotated = read_key(reader)
     return read_head(
         *("mtp-bailingmoe3", reader, target, count, "moe_intermediate_size", Rope(read_theta(reader, []), rotated)),
         kv_head_count=1,

@@ -11,6 +11,7 @@ from convert_drafter.converters.config import ConfigReader
 from convert_drafter.converters.drafters import mtp
 from convert_drafter.converters.drafters.decoder import MLP, attention
 from convert_drafter.converters.drafters.kind import Headers, Kind
+from convert_drafter.converters.drafters.mtp_latent import read_dense_layers
 from convert_drafter.converters.ops import PERMUTE_ROPE
 from convert_drafter.converters.plan import TensorRule
 from convert_drafter.converters.roles import Role
@@ -20,7 +21,6 @@ from convert_drafter.converters.target import Target
 LAYER = "layers.{i}."
 RMS, CENTRED = "rms_norm_eps", "layer_norm_eps"
 SLIDING, FULL = "sliding_attention", "full_attention"
-DENSE, SPARSE = "dense", "sparse"
 SHARED = "num_shared_experts"
 IGNORED = (
     *mtp.IGNORED, "sliding_window_pattern", "use_embedding_sharing", "use_gated_activation", "use_parallel_embedding",
@@ -96,31 +96,11 @@ def read_trunk(reader: ConfigReader, depth: int) -> Trunk:
     if width is None:  # as transformers and llama.cpp's converter read it
         width = reader.get("trunk.feed_forward_size", int, "intermediate_size")
     return Trunk(
-        dense_layer_count=read_dense_count(reader, depth),
+        dense_layer_count=read_dense_layers(reader),
         feed_forward_size=width,
         window_size=reader.get("trunk.window_size", int, "sliding_window"),
         sliding_layers=tuple(name == SLIDING for name in types),
     )
-
-
-def read_dense_count(reader: ConfigReader, depth: int) -> int:
-    """How many layers come before the first mixture, from a count or from a list; both have to agree."""
-    count = reader.find("trunk.dense_layer_count", int, "first_k_dense_replace")
-    types = reader.find_list("dense layers", str, "mlp_layer_types")
-    if types is None:
-        if count is None:
-            places = ("first_k_dense_replace", "mlp_layer_types")
-            raise reader.missing("trunk.dense_layer_count", "an integer", *places)
-        return count
-    listed = types.index(SPARSE) if SPARSE in types else len(types)
-    if types != (*[DENSE] * listed, *[SPARSE] * (depth - listed)):
-        raise reader.error(
-            "mlp_layer_types", "found another order", f"{DENSE} layers first, then {SPARSE}, {depth} in all"
-        )
-    if count not in (None, listed):
-        raise reader.error("first_k_dense_replace", f"found {count}", f"{listed}, as mlp_layer_types has it")
-    reader.origins.setdefault("trunk.dense_layer_count", "mlp_layer_types")
-    return listed
 
 
 def head_rules(reader: ConfigReader) -> tuple[TensorRule, ...]:

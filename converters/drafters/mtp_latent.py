@@ -82,11 +82,7 @@ def read_latent(
     count = count_appended(reader, headers, read_depth(reader))
     heads = reader.get("head_count", int, "num_attention_heads")
     reader.expect("num_key_value_heads", heads, "each head has keys and values of its own, out of one latent state")
-    reader.origins["kv_head_count"] = "what is kept is one latent state for all heads"
-    rotated = reader.get("rope.dimensions", int, "qk_rope_head_dim")
-    plain = reader.get("head_dim", int, "qk_nope_head_dim")
-    reader.origins["head_dim"] = "qk_nope_head_dim + qk_rope_head_dim"
-    reader.expect("qk_head_dim", plain + rotated, "the width of a key, rotated and not")
+    plain, rotated = read_key(reader)
     reader.expect("head_dim", rotated, "transformers' other name of qk_rope_head_dim")
     experts = read_experts(reader)
     return read_head(
@@ -166,12 +162,22 @@ def read_choosing_layers(reader: ConfigReader) -> tuple[bool, ...]:
     return tuple(max(i - offset + 1, 0) % frequency == 0 for i in range(depth))
 
 
+def read_key(reader: ConfigReader) -> tuple[int, int]:
+    """How wide the one key of all heads is: dimensions that are not rotated, and those that are."""
+    reader.origins["kv_head_count"] = "what is kept is one latent state for all heads"
+    rotated = reader.get("rope.dimensions", int, "qk_rope_head_dim")
+    plain = reader.get("head_dim", int, "qk_nope_head_dim")
+    reader.origins["head_dim"] = "qk_nope_head_dim + qk_rope_head_dim"
+    reader.expect("qk_head_dim", plain + rotated, "the width of a key, rotated and not")
+    return plain, rotated
+
+
 def read_dense_layers(reader: ConfigReader) -> int:
     """How many layers come before the first mixture: a number, or a list of each layer's type that is one."""
     field, depth = "trunk.dense_layer_count", read_depth(reader)
     types = reader.find_list(field, str, "mlp_layer_types")
     if types is None:
-        return reader.get(field, int, "first_k_dense_replace")
+        return reader.get(field, int, "first_k_dense_replace", "mlp_layer_types")
     dense = types.count("dense")
     if types != ("dense",) * dense + ("sparse",) * (depth - dense):
         raise reader.error("mlp_layer_types", f"found {list(types)}", f"{depth}: dense ones, then sparse ones")

@@ -8,14 +8,9 @@ MiMo-V2-Flash is published with three.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate
-from math import prod
+from collections.abc import Iterator
 
-import numpy as np
-
-from convert_drafter.converters.checkpoint import DTYPES, Array, TensorHeader, read_rows
+from convert_drafter.converters.checkpoint import TensorHeader
 from convert_drafter.converters.config import ConfigReader
 from convert_drafter.converters.drafters.decoder import feed_forward
 from convert_drafter.converters.drafters.kind import Headers, Kind
@@ -32,6 +27,7 @@ from convert_drafter.converters.drafters.mtp import (
 )
 from convert_drafter.converters.drafters.rope import read_theta
 from convert_drafter.converters.errors import WrongInput
+from convert_drafter.converters.matrices import Part, below
 from convert_drafter.converters.plan import TensorRule, plain_name
 from convert_drafter.converters.roles import Role
 from convert_drafter.converters.spec import DrafterSpec, Experts, Rope, SlidingWindow, Trunk
@@ -148,19 +144,6 @@ def head_rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
 # --- queries, keys and values in one ---
 
 
-@dataclass(frozen=True)
-class Part:
-    """Rows `start` to before `stop` of a tensor."""
-
-    of: TensorHeader
-    start: int
-    stop: int
-
-    @property
-    def rows(self) -> int:
-        return self.stop - self.start
-
-
 def joined(headers: Headers, spec: DrafterSpec) -> Headers:
     """The checkpoint's tensors with all queries, all keys and all values of each head below each other in one."""
     found = dict(headers)
@@ -198,28 +181,6 @@ def without_ranks(header: TensorHeader, spec: DrafterSpec) -> Iterator[Part]:
 def blocks_of(rows: int, ranks: int) -> int | None:
     """How many blocks of rows share a scale where each rank has its own."""
     return None if rows % ranks else ranks * -(-(rows // ranks) // BLOCK)
-
-
-def below(name: str, parts: Sequence[Part]) -> TensorHeader:
-    """Rows of matrices below each other as one, of which nothing is read here. Raises `WrongInput` for unlike ones."""
-    first = parts[0].of
-    for other in (part.of for part in parts):
-        if (other.dtype, other.shape[1:]) != (first.dtype, first.shape[1:]):
-            found = f"found {other.dtype} {list(other.shape)} beside {first.dtype} {list(first.shape)} of {first.name}"
-            raise WrongInput(f"{other.name}: {found}, expected rows of the same width and type")
-    places = list(accumulate((part.rows for part in parts), initial=0))
-
-    def expand(start: int, stop: int) -> Array:
-        found = [read_rows(first, 0, 0)]
-        for at, part in zip(places, parts, strict=False):
-            low, high = max(start - at, 0), min(stop - at, part.rows)
-            if low < high:
-                found.append(read_rows(part.of, part.start + low, part.start + high))
-        return np.concatenate(found)
-
-    shape = (places[-1], *first.shape[1:])
-    size = prod(shape) * DTYPES[first.dtype].itemsize
-    return replace(first, name=name, shape=shape, start=0, end=size, expand=expand)
 
 
 NO_FACTS = (

@@ -28,7 +28,8 @@ from convert_drafter.converters.roles import Role
 from convert_drafter.converters.spec import MROPE_SECTIONS, DrafterSpec, Experts, LinearAttention, Rope
 from convert_drafter.converters.target import Target
 
-LAYER_TYPES = ("linear_attention", "full_attention")
+LAYER = "mtp.layers.{j}."
+LINEAR, FULL = "linear_attention", "full_attention"
 
 
 def read_dense(reader: ConfigReader, headers: Headers, target: Target | None) -> DrafterSpec:
@@ -96,17 +97,18 @@ def read_sections(reader: ConfigReader, rope: Rope) -> Rope:
     return replace(rope, sections=(*sections, *[0] * (MROPE_SECTIONS - len(sections))))
 
 
-def read_linear(reader: ConfigReader, depth: int) -> LinearAttention:
+def read_linear(reader: ConfigReader, depth: int, others: tuple[str, ...] = (FULL,)) -> LinearAttention:
+    """The target's linear layers; its `others` may go by several names."""
     types = reader.find_list("linear_attention.layers", str, "layer_types")
     interval = reader.find("linear_attention.interval", int, "full_attention_interval")
     if types is None and interval is not None and interval > 0:  # as transformers and llama.cpp read it
         reader.origins["linear_attention.layers"] = reader.origins["linear_attention.interval"]
-        types = tuple(LAYER_TYPES[(i + 1) % interval == 0] for i in range(depth))
+        types = tuple(FULL if (i + 1) % interval == 0 else LINEAR for i in range(depth))
     if types is None:
         places = ("layer_types", "full_attention_interval")
         raise reader.missing("linear_attention.layers", "the type of each layer", *places)
-    if wrong := sorted(set(types) - set(LAYER_TYPES)):
-        raise reader.error("layer_types", f"found {', '.join(wrong)}", " or ".join(LAYER_TYPES))
+    if wrong := sorted(set(types) - {LINEAR, *others}):
+        raise reader.error("layer_types", f"found {', '.join(wrong)}", " or ".join((LINEAR, *others)))
     if len(types) != depth:
         raise reader.error("layer_types", f"found {len(types)} entries", f"num_hidden_layers = {depth}")
     linear = {
@@ -119,7 +121,7 @@ def read_linear(reader: ConfigReader, depth: int) -> LinearAttention:
             "value_head_dim": "linear_value_head_dim",
         }.items()
     }
-    return LinearAttention(**linear, layers=tuple(name == "linear_attention" for name in types), interval=interval)
+    return LinearAttention(**linear, layers=tuple(name == LINEAR for name in types), interval=interval)
 
 
 def head_rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
@@ -127,16 +129,11 @@ def head_rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
 
     All norms are published as what they differ from one by.
     """
-    layer, attention = "mtp.layers.{j}.", "mtp.layers.{j}.self_attn."
     return (
         *shared_rules(reader, PLUS_ONE),
-        TensorRule(f"{layer}input_layernorm.weight", Role.ATTN_NORM, ("hidden",), PLUS_ONE),
-        TensorRule(f"{attention}q_proj.weight", Role.ATTN_Q, ("queries and gates", "hidden")),
-        TensorRule(f"{attention}k_proj.weight", Role.ATTN_K, ("keys", "hidden")),
-        TensorRule(f"{attention}v_proj.weight", Role.ATTN_V, ("keys", "hidden")),
-        TensorRule(f"{attention}o_proj.weight", Role.ATTN_OUTPUT, ("hidden", "queries")),
-        *head_norms(attention, PLUS_ONE),
-        TensorRule(f"{layer}post_attention_layernorm.weight", Role.FFN_NORM, ("hidden",), PLUS_ONE),
+        TensorRule(f"{LAYER}input_layernorm.weight", Role.ATTN_NORM, ("hidden",), PLUS_ONE),
+        *gated_attention(f"{LAYER}self_attn."),
+        TensorRule(f"{LAYER}post_attention_layernorm.weight", Role.FFN_NORM, ("hidden",), PLUS_ONE),
         TensorRule("mtp.fc.weight", Role.NEXTN_PROJ, ("hidden", "embedding and state")),
         TensorRule("mtp.pre_fc_norm_embedding.weight", Role.NEXTN_EMBEDDING_NORM, ("hidden",), PLUS_ONE),
         TensorRule("mtp.pre_fc_norm_hidden.weight", Role.NEXTN_STATE_NORM, ("hidden",), PLUS_ONE),
@@ -144,14 +141,27 @@ def head_rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
     )
 
 
+def gated_attention(attention: str) -> tuple[TensorRule, ...]:
+    return (
+        TensorRule(f"{attention}q_proj.weight", Role.ATTN_Q, ("queries and gates", "hidden")),
+        TensorRule(f"{attention}k_proj.weight", Role.ATTN_K, ("keys", "hidden")),
+        TensorRule(f"{attention}v_proj.weight", Role.ATTN_V, ("keys", "hidden")),
+        TensorRule(f"{attention}o_proj.weight", Role.ATTN_OUTPUT, ("hidden", "queries")),
+        *head_norms(attention, PLUS_ONE),
+    )
+
+
 def dense_rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
-    return (*head_rules(reader), *feed_forward("mtp.layers.{j}.mlp."))
+    return (*head_rules(reader), *feed_forward(f"{LAYER}mlp."))
 
 
 def mixture_rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
-    mlp = "mtp.layers.{j}.mlp."
+    return (*head_rules(reader), *mixture(f"{LAYER}mlp."))
+
+
+def mixture(mlp: str) -> tuple[TensorRule, ...]:
+    """A router, experts, and one that is always used behind a gate of its own."""
     return (
-        *head_rules(reader),
         *expert_rules(mlp),
         TensorRule(f"{mlp}shared_expert_gate.weight", Role.FFN_SHARED_ROUTER, ("one", "hidden")),
         *shared_expert_rules(f"{mlp}shared_expert."),

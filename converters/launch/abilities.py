@@ -6,6 +6,7 @@ The probe itself is verify's; here its answers are put in terms of modes.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +15,9 @@ from convert_drafter.converters.launch.modes import DRAFTERS, NGRAM, SPEC_TYPES
 from convert_drafter.converters.verify.in_llama_cpp.probe import FLAGS, PROBE_SECONDS, Abilities, Ability, Known
 from convert_drafter.converters.verify.in_llama_cpp.process import output_of
 
-DEVICE = re.compile(r"^ {2}\w+: ", re.MULTILINE)  # "  CUDA0: NVIDIA H100 (81089 MiB, 80000 MiB free)"
+# "  CUDA0: NVIDIA H100 (81089 MiB, 80000 MiB free)" (common_print_available_devices in common/arg.cpp)
+DEVICE = re.compile(r"^ {2}(?P<name>\w+): .*?(\((?P<total>\d+) MiB, \d+ MiB free\))?$", re.MULTILINE)
+ACCELERATORS = ("BLAS", "ZDNN", "ZENDNN")  # the processor's own, which are listed too and hold no model
 NOT_PROBED = "no llama-server was probed"
 
 
@@ -48,23 +51,34 @@ def can(abilities: Abilities, way: str) -> Ability:
     return abilities.drafts(SPEC_TYPES[way])
 
 
-def has_gpu(path: Path, abilities: Abilities) -> Ability:
-    """Whether the server has a device beside the processor, by its --list-devices."""
+@dataclass(frozen=True)
+class Devices:
+    """What a server runs on beside the processor: whether there is a GPU, and the bytes that all of them have."""
+
+    gpu: Ability
+    memory: int | None = None
+
+
+def devices(path: Path, abilities: Abilities) -> Devices:
+    """By the server's --list-devices."""
     if (listing := abilities.has("devices")).known is not Known.YES:
-        return Ability(Known.UNKNOWN, listing.reason)
+        return Devices(Ability(Known.UNKNOWN, listing.reason))
     try:
         state = path.stat()
     except OSError as error:
-        return Ability(Known.UNKNOWN, f"{path}: {error.strerror}")
-    return _has_gpu(path.absolute(), state.st_mtime_ns, state.st_size)
+        return Devices(Ability(Known.UNKNOWN, f"{path}: {error.strerror}"))
+    return _devices(path.absolute(), state.st_mtime_ns, state.st_size)
 
 
 @lru_cache(maxsize=16)
-def _has_gpu(path: Path, modified: int, size: int) -> Ability:
+def _devices(path: Path, modified: int, size: int) -> Devices:
     try:
         status, text = output_of([str(path), "--list-devices"], PROBE_SECONDS)
     except OSError as error:
-        return Ability(Known.UNKNOWN, f"--list-devices: {error.strerror}")
+        return Devices(Ability(Known.UNKNOWN, f"--list-devices: {error.strerror}"))
     if status != 0 or "Available devices" not in text:
-        return Ability(Known.UNKNOWN, "--list-devices lists none")
-    return Ability(Known.YES if DEVICE.search(text) else Known.NO, "--list-devices")
+        return Devices(Ability(Known.UNKNOWN, "--list-devices lists none"))
+    gpus = [found for found in DEVICE.finditer(text) if found["name"].upper() not in ACCELERATORS]
+    told = [int(found["total"]) * 2**20 for found in gpus if int(found["total"] or 0)]  # a driver may not tell
+    memory = sum(told) if gpus and len(told) == len(gpus) else None
+    return Devices(Ability(Known.YES if gpus else Known.NO, "--list-devices"), memory)

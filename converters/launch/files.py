@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from convert_drafter.converters.checkpoint import open_checkpoint
 from convert_drafter.converters.dialects import Cell, cell_of_names, own_part
-from convert_drafter.converters.drafter_file import DrafterFile, cell_of_file, read_drafter_file
+from convert_drafter.converters.drafter_file import DrafterFile, cell_of_file, drafter_in
 from convert_drafter.converters.errors import WrongInput, WrongUsage
 from convert_drafter.converters.gguf_file import ARCHITECTURE
-from convert_drafter.converters.gguf_read import GGUFFile, read_gguf
-from convert_drafter.converters.launch.modes import MTP
+from convert_drafter.converters.gguf_model import read_model
+from convert_drafter.converters.gguf_read import GGUFFile
 from convert_drafter.converters.launch.resolve import Remark, Source
 from convert_drafter.converters.pairing import check_pairing
 from convert_drafter.converters.spec import HEADS, DrafterSpec
@@ -28,13 +28,14 @@ class Pair:
     """`target` is a GGUF, or a folder that only tells about it. `sources` by way of drafting, the file's own first.
 
     `drafter` is the file that is a drafter of its own, None for a target that has a head or nothing in it; `weights`
-    are the target's, the head's left out, None where nobody knows.
+    are the target's, the head's left out, `n_bytes` all of its file's tensors; None where nobody knows.
     """
 
     target: Path
     drafter: DrafterFile | None
     sources: dict[str, Source] = field(default_factory=dict)
     weights: int | None = None
+    n_bytes: int | None = None
     remarks: tuple[Remark, ...] = ()
 
 
@@ -43,21 +44,19 @@ def read_pair(path: Path, target: Path | None) -> Pair:
     if path.is_dir():
         said = "is a folder, expected a GGUF; `convert` makes one, or give --engine vllm or sglang for the checkpoint"
         raise WrongUsage(f"{path}: {said}")
-    file = read_gguf(path)
+    file = read_model(path)
     cell = _cell(file)
     if cell is None or _attached(file, cell):
         return _alone(file, cell, target)
     if target is None:
         raise WrongUsage(f"{path}: is a drafter on its own; give its target with --target")
-    told = read_target(target)
-    drafter = read_drafter_file(path, target=told)
-    sources = {way_of(cell): source_of_way(cell, drafter.spec, path)}
-    base = None if target.is_dir() else read_gguf(target)
-    if base is not None:
-        sources = {**_heads(base), **sources}
-        sources = {way_of(cell): sources.pop(way_of(cell)), **sources}
-    weights = _weights_of_folder(target) if base is None else _weights(base)
-    return Pair(target, drafter, sources, weights, _fit(drafter, target))
+    drafter = drafter_in(file, target=read_target(target))
+    own = replace(source_of_way(cell, drafter.spec, path), n_bytes=_bytes_of(file))
+    if target.is_dir():
+        return Pair(target, drafter, {way_of(cell): own}, _weights_of_folder(target), None, _fit(drafter, target))
+    base = read_model(target)
+    sources = {way_of(cell): own} | {way: source for way, source in _heads(base).items() if way != way_of(cell)}
+    return Pair(target, drafter, sources, _weights(base), _bytes_of(base), _fit(drafter, target))
 
 
 def way_of(cell: Cell) -> str:
@@ -83,7 +82,7 @@ def _alone(file: GGUFFile, cell: Cell | None, target: Path | None) -> Pair:
             cell_of_file(file)  # raises, naming what a drafter's would be
         said = "has a head and its target in it, so it takes no other target; leave --target out"
         raise WrongUsage(f"{file.path}: {said}")
-    return Pair(file.path, None, _heads(file), _weights(file))
+    return Pair(file.path, None, _heads(file), _weights(file), _bytes_of(file))
 
 
 def _heads(file: GGUFFile) -> dict[str, Source]:
@@ -91,18 +90,24 @@ def _heads(file: GGUFFile) -> dict[str, Source]:
     cell = _cell(file)
     if cell is None or not _attached(file, cell):
         return {}
-    return {way_of(cell): source_of_way(cell, read_drafter_file(file.path).spec, None)}
+    spec = drafter_in(file).spec
+    return {way_of(cell): source_of_way(cell, spec, None)}
 
 
 def source_of_way(cell: Cell, spec: DrafterSpec, path: Path | None) -> Source:
     """Its longest drafts: a block, or a token of each head where there are several (common/speculative.cpp)."""
-    way, length = way_of(cell), spec.draft_length
+    length = spec.draft_length
     if spec.block_size is not None:
         anchor = "" if spec.sample_from_anchor else " without its anchor"
         return Source(path, length, length, f"the drafter's block of {spec.block_size}{anchor}")
-    if way == MTP:
-        return Source(path, spec.layer_count if spec.layer_count > 1 else None)
+    if cell.kind in HEADS:
+        limit = spec.layer_count if spec.has_chained_heads else None
+        return Source(path, limit, head=True, latent=spec.latent_attention is not None)
     return Source(path, None, length, "llama.cpp's own, for drafters that go on token by token")
+
+
+def _bytes_of(file: GGUFFile) -> int:
+    return sum(tensor.n_bytes for tensor in file.tensors.values())
 
 
 def _weights(file: GGUFFile) -> int:

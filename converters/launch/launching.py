@@ -13,7 +13,7 @@ from convert_drafter.converters.dialects import CELLS
 from convert_drafter.converters.errors import MissingEngine, Problems, WrongUsage
 from convert_drafter.converters.hub import Part, fetch
 from convert_drafter.converters.hub_gguf import fetch_whole
-from convert_drafter.converters.launch.abilities import has_gpu, unprobed
+from convert_drafter.converters.launch.abilities import Devices, devices, unprobed
 from convert_drafter.converters.launch.files import Pair, read_pair, way_of
 from convert_drafter.converters.launch.flags import command
 from convert_drafter.converters.launch.line import launch_line
@@ -22,11 +22,18 @@ from convert_drafter.converters.launch.modes import AUTO, MODES, MTP, NGRAM, OFF
 from convert_drafter.converters.launch.other_engines import HEAD_LENGTH, NGRAM_LENGTH, OTHER_ENGINES
 from convert_drafter.converters.launch.resolve import Ngram, Remark, Request, Resolved, Situation, resolve, spec_type
 from convert_drafter.converters.repository import repository_of
+from convert_drafter.converters.spec import HEADS
 from convert_drafter.converters.verify.in_llama_cpp.probe import NAME, Abilities, Ability, Engine, Known, find_server
 
 LLAMA_CPP = "llama.cpp"
 ENGINES = (LLAMA_CPP, *OTHER_ENGINES)
 DEVICES = {"gpu": Known.YES, "cpu": Known.NO}
+# the server's options that say what lies where, in every spelling (common/arg.cpp)
+PLACING = frozenset((
+    "-ngl", "--gpu-layers", "--n-gpu-layers", "-dev", "--device", "-ot", "--override-tensor", "-cmoe", "--cpu-moe",
+    "-ncmoe", "--n-cpu-moe", "-ts", "--tensor-split", "-mg", "--main-gpu", "-ngld", "--spec-draft-ngl",
+    "--gpu-layers-draft", "--n-gpu-layers-draft", "-devd", "--spec-draft-device", "--device-draft",
+))  # fmt: skip
 NO_TARGET = "TARGET.gguf"  # where only the target's folder is known
 
 
@@ -121,8 +128,10 @@ def _for_llama_server(job: LaunchJob, pair: Pair) -> Launch:
         measured, said = read_measured(job.measured, job.file)
         remarks += said
     request = job.request
-    gpu = _gpu(job, pair, server, abilities)
-    resolved = resolve(request, Situation(pair.sources, pair.weights, gpu, measured), abilities)
+    found = _devices(job, pair, server, abilities)
+    memory = None if PLACING & {word.split("=")[0] for word in job.extra} else found.memory
+    situation = Situation(pair.sources, pair.weights, found.gpu, measured, pair.n_bytes, memory)
+    resolved = resolve(request, situation, abilities)
     if resolved.own_types:
         request = replace(request, mode=None)
     drafter = _drafter(job, pair, resolved)
@@ -170,13 +179,15 @@ def _name(job: LaunchJob, server: Engine | None) -> str:
     return str(server.path)
 
 
-def _gpu(job: LaunchJob, pair: Pair, server: Engine | None, abilities: Abilities) -> Ability:
+def _devices(job: LaunchJob, pair: Pair, server: Engine | None, abilities: Abilities) -> Devices:
     """Asked only where it decides something."""
     if job.device is not None:
-        return Ability(DEVICES[job.device], "--device")
-    if MTP not in pair.sources:
-        return Ability(Known.UNKNOWN)
-    return Ability(Known.UNKNOWN, abilities.problem or "") if server is None else has_gpu(server.path, abilities)
+        return Devices(Ability(DEVICES[job.device], "--device"))
+    if not pair.sources:
+        return Devices(Ability(Known.UNKNOWN))
+    if server is None:
+        return Devices(Ability(Known.UNKNOWN, abilities.problem or ""))
+    return devices(server.path, abilities)
 
 
 def _with_own(resolved: Resolved, purposes: Sequence[str]) -> Resolved:
@@ -211,7 +222,7 @@ def _for_relative(job: LaunchJob, pair: Pair, runtime: str) -> Launch:
     notes = tuple(Remark("runtime", note.text) for note in cell.notes if note.concerns(spec))
     ready = not pair.target.is_dir()
     kind = resolved.ways[0]
-    remarks = (*pair.remarks, *notes)
+    remarks = (*pair.remarks, *_lengths(request, kind, spec.draft_length if spec.block_size else None), *notes)
     return Launch(runtime, None, pair.target, job.file, request, resolved, kind, words, remarks, ready)
 
 
@@ -235,11 +246,14 @@ def _elsewhere(job: LaunchJob) -> Launch:
     length = job.draft_length or length
     if spec.block_size is not None and way == own:
         length = min(length, spec.draft_length)
-    options = [] if way == OFF else engine.drafting[way](str(drafter), length)
+    spelled = None if way == OFF else engine.drafting.get(kind if way == own else way, engine.drafting[way])
+    if spelled is None and way != OFF:
+        raise WrongUsage(f"{job.file}: {job.engine} documents nothing of {kind} drafters; --mode ngram needs none")
+    options = [] if spelled is None else spelled(str(drafter), length)
     remarks += [Remark("engine", engine.notes[name]) for name in dict.fromkeys((kind, way)) if name in engine.notes]
     resolved = Resolved() if way == OFF else Resolved((way,), length)
     words = (*engine.start, str(target), *options, *request.extra)
-    name, used = None if way == OFF else way, drafter if way == own != MTP else None
+    name, used = None if way == OFF else way, drafter if way == own and kind not in HEADS else None
     return Launch(job.engine, None, target, used, request, resolved, name, words, tuple(remarks))
 
 

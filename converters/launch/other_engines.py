@@ -20,10 +20,13 @@ Options = Callable[[str, int], list[str]]  # (drafter, tokens drafted in a step)
 
 @dataclass(frozen=True)
 class OtherEngine:
-    """`start` are the words before the target, `drafting` the options of each way, `notes` what to know of one."""
+    """`start` are the words before the target, `drafting` the options of each way, `notes` what to know of one.
+
+    A kind that differs from others of its way has an entry of its own, None where the engine documents nothing of it.
+    """
 
     start: tuple[str, ...]
-    drafting: Mapping[str, Options]
+    drafting: Mapping[str, Options | None]
     notes: Mapping[str, str]
 
 
@@ -61,6 +64,7 @@ OTHER_ENGINES = {
             "dspark": _vllm("dspark"),
             "eagle3": _vllm("eagle3"),
             MTP: _vllm("mtp", model=False),
+            "gemma4-assistant": _vllm("mtp"),
             NGRAM: _vllm("ngram", model=False, prompt_lookup_min=2, prompt_lookup_max=5),
         },
         {"dflash2": "vLLM has DFlash2 under the method dflash, and only in builds with pull request 52816"},
@@ -72,6 +76,7 @@ OTHER_ENGINES = {
             "dspark": _sglang("DSPARK", ("dspark-block-size", 0)),
             "eagle3": _sglang("EAGLE3", *CHAIN),
             MTP: _sglang("EAGLE", *CHAIN, model=False),
+            "gemma4-assistant": None,
             NGRAM: _sglang("NGRAM", ("num-draft-tokens", 0), model=False),
         },
         {"dspark": "SGLang documents DSpark for DeepSeek-V4's own checkpoints; others depend on the build"},

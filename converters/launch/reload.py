@@ -12,7 +12,7 @@ from typing import Any
 
 from convert_drafter.converters.errors import WrongInput
 from convert_drafter.converters.gguf_file import file_access
-from convert_drafter.converters.json_text import json_object
+from convert_drafter.converters.json_text import json_object, value_at
 from convert_drafter.converters.launch.modes import DRAFTERS, NGRAM
 from convert_drafter.converters.launch.stamp import SCHEMA, VERSION
 
@@ -61,11 +61,8 @@ TABLE = (
 def reasons(running: Stamp, wanted: Stamp) -> tuple[Reason, ...]:
     """Why a reload is needed; none where the server may stay. Equal reasons mean equal command lines."""
     ways = tuple((wanted["resolved"]["mode"] or "").split("+"))
-    found = [
-        Reason(row.what, one, other)
-        for row in TABLE
-        if row.matters(ways) and (one := _at(running, row.keys)) != (other := _at(wanted, row.keys))
-    ]
+    both = [(row, *(value_at(each, row.keys, UNKNOWN) for each in (running, wanted))) for row in TABLE]
+    found = [Reason(row.what, one, other) for row, one, other in both if row.matters(ways) and one != other]
     if not found and running["command"] != wanted["command"]:
         found.append(Reason("command line", running["line"], wanted["line"]))
     return tuple(found)
@@ -78,7 +75,7 @@ def read_stamp(path: Path) -> dict[str, Any]:
     if found.get("schema") != SCHEMA or found.get("version") != VERSION:
         said = f"found schema {found.get('schema')!r} version {found.get('version')!r}"
         raise WrongInput(f"{path}: {said}, expected {SCHEMA!r} version {VERSION}, which `launch --json` writes")
-    missing = [".".join(keys) for keys in _needed() if _at(found, keys) is UNKNOWN]
+    missing = [".".join(keys) for keys in _needed() if value_at(found, keys, UNKNOWN) is UNKNOWN]
     if missing:
         raise WrongInput(f"{path}: {', '.join(missing)}: missing, expected what `launch --json` writes")
     return found
@@ -87,9 +84,3 @@ def read_stamp(path: Path) -> dict[str, Any]:
 def _needed() -> Iterator[tuple[str, ...]]:
     yield from (row.keys for row in TABLE)
     yield from (("resolved", "mode"), ("command",), ("line",))
-
-
-def _at(stamp: Any, keys: tuple[str, ...]) -> Any:
-    for key in keys:
-        stamp = stamp.get(key, UNKNOWN) if isinstance(stamp, dict) else UNKNOWN
-    return stamp

@@ -14,6 +14,7 @@ from convert_drafter.converters.launch.modes import AUTO, DRAFTERS, MTP, NGRAM, 
 from convert_drafter.converters.verify.in_llama_cpp.probe import Abilities, Ability, Known
 
 SMALL = 3_000_000_000  # weights of a target below which a head costs more than it brings (0.58x at 0.8B, 0.82x at 2B)
+MLA = "27 tokens a second with it, 45 without"  # as unsloth measured in llama.cpp (its issue 6468)
 HEAD_LENGTH = {Known.YES: 2, Known.NO: 3, Known.UNKNOWN: 2}  # a head drafts so many tokens with a GPU, without, ...
 
 NOT_ASKED = Ability(Known.UNKNOWN)
@@ -42,13 +43,17 @@ class Request:
 class Source:
     """What a way of drafting reads: `path` None is the target's own file. `limit` is the most it drafts, if any.
 
-    `usual` is the length to take unless one is asked for or measured, with the reason.
+    `usual` is the length to take unless one is asked for or measured, with the reason; `n_bytes` are its tensors', of a
+    file of its own; `head` tells an MTP head, which is a layer of its target, `latent` one with latent attention (MLA).
     """
 
     path: Path | None
     limit: int | None = None
     usual: int | None = None
     why: str = ""
+    n_bytes: int = 0
+    head: bool = False
+    latent: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,12 +66,17 @@ class Measured:
 
 @dataclass(frozen=True)
 class Situation:
-    """What there is: `sources` by way of drafting, the target's weights, a GPU."""
+    """What there is: `sources` by way of drafting, the target's weights, a GPU.
+
+    `n_bytes` are the target's tensors', `memory` is what all GPUs have, None where that decides nothing.
+    """
 
     sources: Mapping[str, Source] = field(default_factory=dict)
     weights: int | None = None
     gpu: Ability = NOT_ASKED
     measured: Measured | None = None
+    n_bytes: int | None = None
+    memory: int | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +117,7 @@ def resolve(request: Request, situation: Situation, abilities: Abilities) -> Res
     default = mode == AUTO and not situation.sources and abilities.has("default drafting").known is Known.YES
     length = None
     if drafter := next((way for way in done if way in DRAFTERS), None):
+        remarks += _room(drafter, situation, "a part of them stays on the processor")
         length = _length(drafter, request, situation, remarks)
     return Resolved(done, length, default, remarks=tuple(remarks))
 
@@ -116,21 +127,52 @@ def _own_types(extra: Sequence[str]) -> bool:
 
 
 def _auto(situation: Situation, abilities: Abilities, remarks: list[Remark]) -> tuple[str, ...]:
-    """A3-15. A drafter that is a model of its own is there to be used; a head pays in large targets only."""
+    """A3-15. A drafter that is there is used, where nothing is known that makes it cost more than it brings."""
     way = next((way for way in situation.sources if way in DRAFTERS), None)
-    if way != MTP:
-        return () if way is None else (way,)
-    chain_ok = can(abilities, NGRAM).known is not Known.NO
-    if situation.weights is not None and situation.weights < SMALL and not _pays(situation):
-        size = f"{situation.weights / 1e9:.2g} billion weights"
-        instead = "ngram instead" if chain_ok else "no drafting"
-        said = f"a head does not pay in a target of {size}, below {SMALL / 1e9:g}: {instead}; --mode mtp has it anyway"
-        remarks.append(Remark("small_target", said))
-        return (NGRAM,) if chain_ok else ()
+    if way is None:
+        return ()
+    ngram_ok = can(abilities, NGRAM).known is not Known.NO
+    instead = f"{'ngram instead' if ngram_ok else 'no drafting'}; --mode {way} has it anyway"
+    if dear := () if _pays(situation) else _too_dear(way, situation, instead):
+        remarks += dear
+        return (NGRAM,) if ngram_ok else ()
+    if not situation.sources[way].head:
+        return (way,)
     if situation.gpu.known is Known.UNKNOWN:
         said = f"is there a GPU? {situation.gpu.reason or 'unknown'}: taken for one; --device says it"
         remarks.append(Remark("device_unknown", said))
-    return (MTP, NGRAM) if situation.gpu.known is Known.NO and chain_ok else (MTP,)
+    return (MTP, NGRAM) if situation.gpu.known is Known.NO and ngram_ok else (MTP,)
+
+
+def _too_dear(way: str, situation: Situation, instead: str) -> tuple[Remark, ...]:
+    """Why a drafter is not worth its cost, unless a measurement says otherwise; none where nothing is known."""
+    source = situation.sources[way]
+    if source.latent:
+        said = f"a head with latent attention (MLA) costs more than it brings in llama.cpp ({MLA}): {instead}"
+        return (Remark("mla_head", said),)
+    if source.head and situation.weights is not None and situation.weights < SMALL:
+        size = f"{situation.weights / 1e9:.2g} billion weights"
+        said = f"a head does not pay in a target of {size}, below {SMALL / 1e9:g}: {instead}"
+        return (Remark("small_target", said),)
+    return tuple(remark for remark in _room(way, situation, instead) if remark.warning)
+
+
+def _room(way: str, situation: Situation, then: str) -> tuple[Remark, ...]:
+    """Whether both models fit the GPUs. Their whole memory counts: what is free changes as soon as a server runs,
+    and would make a server that runs look as if it had to be started again."""
+    base, drafter, memory = situation.n_bytes, situation.sources[way].n_bytes, situation.memory
+    if base is None or memory is None or base + drafter <= memory:
+        return ()
+    has = f"the GPUs have {_gigabytes(memory)} in all"
+    if base > memory:
+        said = f"the target takes {_gigabytes(base)}, {has}: a part of it runs on the processor; measure what drafting"
+        return (Remark("partial_offload", f"{said} brings there (verify, --measured)"),)
+    both = f"the target takes {_gigabytes(base)} and the drafter {_gigabytes(drafter)}"
+    return (Remark("no_vram", f"{both}, {has}: {then}", True),)
+
+
+def _gigabytes(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.3g} GB"
 
 
 def _pays(situation: Situation) -> bool:

@@ -57,7 +57,8 @@ class Artifact:
     it are not there. `weights` counts without embedding and output head, None where the headers do not tell; `bits` are
     the bits of one of them in a matrix, on average. `recorded` is what it notes of its target: `repository`, `name`,
     `architecture`. `faults` are what has to be mended, each with how; `notes` are worth knowing, and `mend` is the
-    command that makes of it what llama.cpp loads. `runtime` is the one whose dialect a drafter's GGUF is in.
+    command that makes of it what llama.cpp loads. `runtime` is the one whose dialect a drafter's GGUF is in. `lacks` is
+    the note, if one of them says what a drafter alone does not tell and its target may.
     """
 
     path: Path
@@ -83,8 +84,14 @@ class Artifact:
     also: tuple[Path, ...] = ()
     complete: bool = True
     mend: str = ""
+    lacks: str = ""
     standalone_deploy: bool | None = None
     ui_role: str | None = None
+
+    @property
+    def other_notes(self) -> tuple[str, ...]:
+        """Without the one that its target may settle."""
+        return tuple(note for note in self.notes if note != self.lacks)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from convert_drafter.converters.model_key import model_words, path_words, plays_
 from convert_drafter.converters.plan import plain_name
 from convert_drafter.converters.scan.found import Artifact, By, Head, Shape, What
 from convert_drafter.converters.scan.walk import Place
+from convert_drafter.converters.spec import DrafterSpec
 from convert_drafter.converters.target import read_target
 from convert_drafter.converters.weight_files import CONFIG, INDEX, files_in
 
@@ -31,6 +33,7 @@ FIRST_LAYER = re.compile(r"(language_model\.|model\.|transformer\.)*(layers|h|bl
 EMBEDDINGS = re.compile(r"(.*\.)?(embed_tokens|lm_head|wte|shared_head\.head)\.")
 ADAPTER = re.compile(r".*\.lora_[AB]\b")
 VERIFIER = "speculators_config.verifier.name_or_path"
+EAGLE3_CAPTURES = 3  # states that every EAGLE-3 fuses (arXiv 2503.01840); a config without their list may be one
 MOST = 3  # problems of one folder that are told here
 
 
@@ -184,16 +187,28 @@ def _drafter(artifact: Artifact, contents: Contents, kind: str, notes: Iterable[
     recorded = {"repository": verifier, "name": path_words(verifier)} if isinstance(verifier, str) and verifier else {}
     known = replace(artifact, what=What.DRAFTER, told_by=By.TENSORS, kind=kind, recorded=recorded, notes=tuple(notes))
     if artifact.faults or known.notes:
-        return replace(known, shape=_shape_of_config(contents))
+        return replace(known, shape=_shape_of_config(contents, kind))
     try:
         spec = read_published(artifact.path).spec
     except DrafterError as error:
         note = f"`convert` refuses it as it is: {_reason(artifact.path, error)}"
-        return replace(known, shape=_shape_of_config(contents), notes=(note,))
-    shape = Shape(
-        spec.target_hidden_size, spec.target_layer_count, spec.vocab_size, None, spec.capture_layers, spec.layer_count
-    )
-    return replace(known, kind=spec.kind, shape=shape)
+        return replace(known, shape=_shape_of_config(contents, kind), notes=(note,), lacks=note)
+    return replace(known, kind=spec.kind, shape=_shape_of_spec(spec))
+
+
+def _shape_of_spec(spec: DrafterSpec) -> Shape:
+    hidden, depth = spec.target_hidden_size, spec.target_layer_count
+    return Shape(hidden, depth, spec.vocab_size, None, spec.capture_layers, spec.layer_count)
+
+
+def with_target(drafter: Artifact, target: Path) -> Artifact:
+    """A folder's drafter beside its target, which tells what the drafter's config does not; as it is otherwise."""
+    try:
+        spec = read_published(drafter.path, target).spec
+    except DrafterError:
+        return drafter
+    note = f"its config says too little of its target: `convert` needs --target {shlex.quote(str(target))}"
+    return replace(drafter, kind=spec.kind, shape=_shape_of_spec(spec), notes=(*drafter.other_notes, note), lacks="")
 
 
 def _reason(folder: Path, error: DrafterError) -> str:
@@ -213,7 +228,7 @@ def _target_shape(folder: Path) -> Shape:
     return Shape(target.hidden_size, target.layer_count, target.vocab_size, layers=target.layer_count)
 
 
-def _shape_of_config(contents: Contents) -> Shape:
+def _shape_of_config(contents: Contents, kind: str = "") -> Shape:
     """What a drafter's config says of its target outright, where it does not say all that a conversion asks."""
     try:
         raw = ConfigReader(contents.config, CONFIG).raw
@@ -225,22 +240,34 @@ def _shape_of_config(contents: Contents) -> Shape:
         values = (place.get(name) for place in nested for name in names)
         return next((value for value in values if isinstance(value, int) and not isinstance(value, bool)), None)
 
+    captures = _captures(nested)
+    count = len(captures) or (EAGLE3_CAPTURES if kind == "eagle3" else 0)
     return Shape(
-        number("target_hidden_size") or _fused_width(contents.headers, nested),
+        number("target_hidden_size") or _fused_width(contents.headers, count),
         number("num_target_layers"),
         number("vocab_size"),
+        captures=captures,
         layers=number("num_hidden_layers"),
     )
 
 
-def _fused_width(headers: Mapping[str, Any], places: Iterable[Mapping[str, Any]]) -> int | None:
+def _captures(places: Iterable[Mapping[str, Any]]) -> tuple[int, ...]:
+    """Its capture layers counted from 0, at least: lists of the second kind are one higher, or count as the first."""
+    for paths, more in ((CAPTURES, 0), (CAPTURES_PLUS_ONE, 1)):
+        keys = dict.fromkeys(path.rsplit(".", 1)[-1] for path in paths)
+        lists = (value for key in keys for place in places if isinstance(value := place.get(key), list) and value)
+        if (found := next(lists, None)) is not None:
+            whole = all(isinstance(each, int) and not isinstance(each, bool) and each >= more for each in found)
+            return tuple(each - more for each in found) if whole else ()
+    return ()
+
+
+def _fused_width(headers: Mapping[str, Any], captures: int) -> int | None:
     """fc's columns over the number of capture layers: it reads so many of the target's states side by side."""
     fusion = headers.get("fc.weight") or headers.get("model.fc.weight")
-    keys = (path.rsplit(".", 1)[-1] for path in (*CAPTURES, *CAPTURES_PLUS_ONE))
-    lists = [value for key in keys for place in places if isinstance(value := place.get(key), list) and value]
-    if fusion is None or len(fusion.shape) != 2 or not lists or fusion.shape[1] % len(lists[0]):
+    if fusion is None or len(fusion.shape) != 2 or not captures or fusion.shape[1] % captures:
         return None
-    return int(fusion.shape[1] // len(lists[0]))
+    return int(fusion.shape[1] // captures)
 
 
 def _architecture(config: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from convert_drafter.converters.errors import DrafterError, Problems
 from convert_drafter.converters.redialect import RedialectJob, prepare_redialect
@@ -46,16 +47,23 @@ def decimal(n_bytes: int) -> str:
     return f"{value:.1f} {UNITS[unit]}"
 
 
-def with_redialect(drafter: Artifact) -> Artifact:
-    """For a GGUF in another dialect than llama.cpp's: the line that rewrites it, and what that still asks for."""
+def with_redialect(drafter: Artifact, target: Path | None = None) -> Artifact:
+    """For a GGUF in another dialect than llama.cpp's: the line that rewrites it, and what that still asks for.
+
+    With a target, once that is found: the line with it, or the drafter as it is where that does not help.
+    """
     if drafter.what is not What.DRAFTER or drafter.format != "gguf" or drafter.runtime in ("", MAINLINE):
         return drafter
     out = drafter.path.with_name(f"{drafter.path.stem}-{MAINLINE}.gguf")
-    line = f"convert-drafter redialect {shlex.quote(str(drafter.path))} --for {MAINLINE} -o {shlex.quote(str(out))}"
-    note = f"{MAINLINE} does not know its dialect, {drafter.runtime}'s ({drafter.architecture})"
+    words = ["convert-drafter", "redialect", str(drafter.path), *(["--target", str(target)] if target else [])]
+    note, lacks = f"{MAINLINE} does not know its dialect, {drafter.runtime}'s ({drafter.architecture})", ""
     try:
-        prepare_redialect(RedialectJob(drafter.path, None, MAINLINE, out))
+        prepare_redialect(RedialectJob(drafter.path, target, MAINLINE, out))
     except DrafterError as error:
+        if target is not None:
+            return drafter
         first = error.problems[0] if isinstance(error, Problems) else str(error)
         note += f"; to rewrite it takes more than it says: {first.removeprefix(f'{drafter.path}: ')}"
-    return replace(drafter, notes=(*drafter.notes, note), mend=line)
+        lacks = note
+    line = shlex.join([*words, "--for", MAINLINE, "-o", str(out)])
+    return replace(drafter, notes=(*drafter.other_notes, note), mend=line, lacks=lacks)

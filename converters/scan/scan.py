@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from convert_drafter.converters.scan.catalog import (
     ROLE,
     STANDALONE,
     UI,
+    Named,
     drafters_named,
     marked,
     read_catalog,
@@ -27,6 +28,7 @@ from convert_drafter.converters.scan.in_gguf import FORMAT as FILES
 from convert_drafter.converters.scan.in_gguf import describe_gguf
 from convert_drafter.converters.scan.mend import with_redialect
 from convert_drafter.converters.scan.pair import pair
+from convert_drafter.converters.scan.settle import settle
 from convert_drafter.converters.scan.walk import Place, Walk
 from convert_drafter.converters.weight_files import CONFIG
 
@@ -53,13 +55,14 @@ def scan(root: Path, catalog: Path | None = None, watch: Watch = lambda phase, d
     named = drafters_named(said)
     stated_of, keys = stated(said), frozenset(each.drafter for each in named)
     models = group(_marked(with_redialect(each), stated_of, keys) for each in artifacts.values())
+    models, pairs = settle(models, pair(models, named))
     return Scan(
         root,
         models,
-        pair(models, named),
+        pairs,
         tuple(sorted(walk.skipped, key=lambda each: each.path)),
         catalog,
-        tuple(_unfound(models, named)),
+        tuple(_unfound(catalog, models, named)),
     )
 
 
@@ -113,8 +116,10 @@ def _marked(artifact: Artifact, said: Mapping[str, Mapping[str, Any]], named: fr
     )
 
 
-def _unfound(models: Iterable[Model], named: Iterable[Any]) -> Iterable[str]:
-    """Drafters that a catalog names and that are not here."""
+def _unfound(catalog: Path | None, models: Iterable[Model], named: Sequence[Named]) -> Iterable[str]:
+    """Drafters that a catalog names and that are not here; and that it names none, as many a file is no catalog."""
+    if catalog is not None and not named:
+        return [f"{catalog}: names no drafter: there is no speculative_config.model in it but a parent's own"]
     artifacts = [each for model in models for each in model.variants]
     here = {normalize_model_key(name) for each in artifacts for name in (each.name, each.path.name)}
     absent = sorted({each.drafter for each in named} - here)

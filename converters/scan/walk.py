@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from convert_drafter.converters.errors import WrongInput
-from convert_drafter.converters.gguf_file import PART
+from convert_drafter.converters.gguf_model import PART
 from convert_drafter.converters.holes import has_holes
 from convert_drafter.converters.json_text import json_object
 from convert_drafter.converters.repository import source_of

@@ -12,7 +12,7 @@ from convert_drafter.converters.verdict import Diagnosis, Gate, Outcome
 from convert_drafter.converters.verify.acceptance import Acceptance, total
 from convert_drafter.converters.verify.measured import Measured, SweepPoint
 from convert_drafter.converters.verify.pay import Payoff, StepTimes
-from convert_drafter.converters.verify.statistics import Difference, compare
+from convert_drafter.converters.verify.statistics import Difference, compare, length_interval, position_intervals
 
 NO_SOURCE = "no original to compare with: give --source, the checkpoint it was made from"
 # A file may be this much further from the original than noise of its own quantization errors is: on the fixture
@@ -110,8 +110,8 @@ def _against_original(measured: Measured, file: Acceptance, max_drop: float) -> 
         lines = (f"it lost more than the {max_drop:.0%} that --max-drop allows",)
     figures = {
         "prompts": found.prompts,
-        "original": _figures(original),
-        "file": _figures(file),
+        "original": _figures(original, measured.originals),
+        "file": _figures(file, measured.files),
         "difference": found.relative,
         "interval": [found.low, found.high],
         "needed": found.needed,
@@ -126,7 +126,7 @@ def _interval(found: Difference) -> str:
 
 def _alone(measured: Measured, file: Acceptance) -> Gate:
     summary = f"{file.length:.2f} tokens per verify step, {file.rate:.0%} of drafts accepted; {NO_SOURCE}"
-    figures = {"prompts": len(measured.files), "file": _figures(file)}
+    figures = {"prompts": len(measured.files), "file": _figures(file, measured.files)}
     if not sum(file.drafted):
         return Gate("acceptance", Outcome.FAIL, summary, ("nothing was drafted at all",), figures)
     if len(file.drafted) > 1 and file.by_position[0] < COLLAPSED:
@@ -136,9 +136,18 @@ def _alone(measured: Measured, file: Acceptance) -> Gate:
     return Gate("acceptance", Outcome.ADVICE, summary, (), figures)
 
 
-def _figures(walk: Acceptance) -> dict[str, Any]:
-    by_position = list(walk.by_position) if len(walk.drafted) > 1 else []
-    return {"length": walk.length, "rate": walk.rate, "steps": walk.steps, "by_position": by_position}
+def _figures(walk: Acceptance, each: Sequence[Acceptance]) -> dict[str, Any]:
+    """The sum over prompts, with the intervals that these prompts give."""
+    several = len(walk.drafted) > 1  # an engine may tell only the sum over all positions
+    length, positions = length_interval(each), position_intervals(each) if several else ()
+    return {
+        "length": walk.length,
+        "length_interval": None if length is None else list(length),
+        "rate": walk.rate,
+        "steps": walk.steps,
+        "by_position": list(walk.by_position) if several else [],
+        "by_position_interval": [None if found is None else list(found) for found in positions],
+    }
 
 
 def outdone(gate: Gate, diagnosis: Diagnosis) -> Gate:

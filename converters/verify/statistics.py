@@ -64,8 +64,37 @@ def compare(original: Sequence[Acceptance], file: Sequence[Acceptance], max_drop
     return Difference(relative, low, high, len(pairs), _needed(found, max_drop))
 
 
+def length_interval(each: Sequence[Acceptance]) -> tuple[float, float] | None:
+    """The 95 % interval of the acceptance length over prompts; None of too few."""
+    if len(each) < LEAST:
+        return None
+    sums = _drawn(np.array([(walk.committed, walk.steps) for walk in each], np.float64))
+    return _interval(sums[:, 0], sums[:, 1])
+
+
+def position_intervals(each: Sequence[Acceptance]) -> tuple[tuple[float, float] | None, ...]:
+    """The same of the share accepted at each draft position; () of too few prompts, None where nothing was drafted."""
+    size = max((len(walk.drafted) for walk in each), default=0)
+    if len(each) < LEAST or not size:
+        return ()
+    counts = np.zeros((len(each), 2, size))  # accepted, drafted
+    for i, walk in enumerate(each):
+        counts[i, :, : len(walk.drafted)] = walk.accepted, walk.drafted
+    sums = _drawn(counts.reshape(len(each), -1)).reshape(DRAWS, 2, size)
+    return tuple(_interval(sums[:, 0, i], sums[:, 1, i]) for i in range(size))
+
+
+def _interval(parts: NDArray[np.float64], wholes: NDArray[np.float64]) -> tuple[float, float] | None:
+    """Of the ratio, over the draws that have one."""
+    there = wholes > 0
+    if not there.any():
+        return None
+    low, high = np.percentile(parts[there] / wholes[there], (TAIL, 100 - TAIL)).tolist()
+    return low, high
+
+
 def _drawn(pairs: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Sums over prompts drawn with replacement, by how often each was drawn: (prompts, 4) -> (DRAWS, 4)."""
+    """Sums over prompts drawn with replacement, by how often each was drawn: (prompts, n) -> (DRAWS, n)."""
     random, count = np.random.default_rng(SEED), len(pairs)
     step = max(1, CHUNK // count)
     sizes = [min(step, DRAWS - start) for start in range(0, DRAWS, step)]

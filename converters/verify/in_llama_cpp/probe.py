@@ -47,6 +47,9 @@ FLAGS: Mapping[str, tuple[str, ...]] = {
 }
 OLDER_TYPES = {"draft-mtp": "mtp", "draft-eagle3": "eagle3"}  # how --spec-type spelled them before they had a prefix
 FLAG = re.compile(r"(-{1,2}[A-Za-z][\w-]*)(?: [^\s,-][^\s,]*)?(, *)?")  # with a value's name, up to a comma
+# Its own shared libraries; back ends are loaded by their file's name alone (ggml/src/ggml-backend-reg.cpp)
+LIBRARY = re.compile(r"(lib)?(llama|ggml|mtmd)\b.*(\.so(\.\d+)*|\.dylib|\.dll)", re.IGNORECASE)
+LIBRARY_FOLDERS = (".", "../lib", "../lib64")  # from the program's
 ENTRY = re.compile(r" {0,6}-{1,2}[A-Za-z]")
 
 
@@ -164,6 +167,18 @@ def _engine(path: Path, given: bool = False) -> Engine:
     if not found.runs:
         raise MissingEngine(f"{option}{path}: does not run: {found.problem}. Get another: {INSTALL}")
     return Engine(path, found.version, found)
+
+
+def libraries(program: Path) -> tuple[Path, ...]:
+    """llama.cpp's own libraries near a llama-server, each name once: a new one changes it as a new program does."""
+    found: dict[str, Path] = {}
+    for folder in LIBRARY_FOLDERS:
+        place = program.resolve().parent / folder
+        for path in sorted(place.iterdir()) if place.is_dir() else ():
+            real = path.resolve()  # what several links name is one
+            if LIBRARY.fullmatch(real.name) and real.is_file():
+                found.setdefault(real.name, real)
+    return tuple(found.values())
 
 
 def _not_executable(path: Path) -> str | None:

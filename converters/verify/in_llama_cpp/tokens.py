@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from convert_drafter.converters.gguf_read import read_gguf
+from convert_drafter.converters.gguf_model import read_model
 from convert_drafter.converters.verify.in_llama_cpp.answers import SAMPLING
 from convert_drafter.converters.verify.in_llama_cpp.serving import Server
 from convert_drafter.converters.verify.prompts import Messages
@@ -30,7 +30,7 @@ class ServerTokenizer:
 
     @cached_property
     def _template(self) -> bool:
-        return TEMPLATE in read_gguf(self._server.setup.target).keys
+        return TEMPLATE in read_model(self._server.setup.target).keys
 
     def has_chat_template(self) -> bool:
         """Of its own: a server without one makes one up, which no base model was trained on."""

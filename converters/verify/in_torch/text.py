@@ -27,12 +27,13 @@ FINAL = -2  # the "layer" whose state is the decoder's output, after the final n
 SLIDING, FULL = -3, -4  # of the last layer of that type with a cache of its own: keys and values side by side
 CACHED = {SLIDING: "sliding_attention", FULL: "full_attention"}
 READS = {"gemma4-assistant": (FINAL, SLIDING, FULL)}  # kinds that name no layers and read more than the final state
+STREAMED_DIM = 4  # (1, T, streams, H), where layers have hyper-connections
 Captured = dict[int, Tensor]  # layer -> states (positions, H) f32
 
 
 def captures_of(spec: DrafterSpec) -> tuple[int, ...]:
     """The layers whose states a drafter reads: those it names, else what its kind does, else the target's last state,
-    normed or not."""
+    normed or not, or all its streams."""
     last = spec.target_layer_count - 1 if spec.kind in BEFORE_NORM else FINAL
     return spec.capture_layers or READS.get(spec.kind, (last,))
 
@@ -62,6 +63,8 @@ def recording(decoder: nn.Module, layers: nn.ModuleList, wanted: Sequence[int]) 
     found: Captured = {}
 
     def record(layer: int, state: Tensor) -> None:
+        if layer >= 0 and state.dim() == STREAMED_DIM:  # all streams of it, side by side
+            state = state.flatten(2)
         if state.dim() != 3 or state.shape[0] != 1:
             raise WrongInput(f"layer {layer}: found a hidden state of shape {tuple(state.shape)}, expected (1, T, H)")
         found[layer] = state[0].float()
@@ -88,8 +91,15 @@ def new_cache(config: Any) -> DynamicCache:
     """The model's own kinds of layers, but a sliding layer keeps all positions: its mask has the window, and it can be
     cut where a ring of the last positions cannot."""
     cache = DynamicCache(config=config)
+    if any(is_more_than_sliding(layer) for layer in cache.layers):
+        return cache  # its layers share a mask, so all of them hold as many positions
     cache.layers = [DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else layer for layer in cache.layers]
     return cache
+
+
+def is_more_than_sliding(layer: Any) -> bool:
+    """A ring of the last positions and a state beside it (DeepSeek-V4)."""
+    return isinstance(layer, DynamicSlidingWindowLayer) and type(layer) is not DynamicSlidingWindowLayer
 
 
 def last_owner(config: Any, kind: str) -> int:

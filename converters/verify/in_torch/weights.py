@@ -24,6 +24,8 @@ from convert_drafter.converters.verify.in_torch.reference.eagle3 import Eagle3
 from convert_drafter.converters.verify.in_torch.reference.gemma4_assistant import Gemma4Assistant
 from convert_drafter.converters.verify.in_torch.reference.mtp import Mtp
 from convert_drafter.converters.verify.in_torch.reference.mtp_chain import MtpChain
+from convert_drafter.converters.verify.in_torch.reference.mtp_deepseek4 import MtpDeepseek4
+from convert_drafter.converters.verify.in_torch.reference.mtp_qwen4 import MtpQwen4
 from convert_drafter.quant import STORED, dequantize
 
 Weights = dict[TensorKey, NDArray[np.float32]]
@@ -66,18 +68,23 @@ def file_weights(file: DrafterFile) -> Weights:
 def parameter_names(spec: DrafterSpec) -> dict[TensorKey, str]:
     """Canonical key -> parameter of the reference, which carries the checkpoint's names (the first of several), but for
     MTP heads, of which each family has names of its own."""
-    if spec.kind in HEADS:
-        return Mtp.parameter_names(spec)
+    if spec.kind in OF_HEADS:
+        return OF_HEADS[spec.kind].parameter_names(spec)
     rules = reversed(rules_of(spec.kind))
     return {key: rule.source_name(key, spec) for rule in rules for key in rule.keys(spec)}
 
 
+OF_HEADS: Mapping[str, type[Mtp]] = {
+    **dict.fromkeys(HEADS - BEFORE_NORM, Mtp),
+    **dict.fromkeys(BEFORE_NORM, MtpChain),
+    "mtp-qwen4exp": MtpQwen4,
+    "mtp-deepseek4": MtpDeepseek4,
+}
 REFERENCES: Mapping[str, Callable[[DrafterSpec, Collection[Role]], nn.Module]] = {
     **dict.fromkeys(("dflash", "dflash2", "dspark"), DFlash),
     "eagle3": Eagle3,
     "gemma4-assistant": Gemma4Assistant,
-    **dict.fromkeys(HEADS - BEFORE_NORM, Mtp),
-    **dict.fromkeys(BEFORE_NORM, MtpChain),
+    **OF_HEADS,
 }
 
 

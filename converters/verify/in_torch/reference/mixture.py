@@ -6,7 +6,7 @@ Shapes: H hidden, E experts; `...` are leading batch dimensions. Sources: llama.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 import torch
@@ -18,14 +18,20 @@ from convert_drafter.converters.spec import DrafterSpec, Experts
 from convert_drafter.converters.verify.in_torch.reference.dflash import FeedForward
 
 AVERAGED = frozenset({"mtp-cohere2moe"})  # half of what the chosen experts and the shared one give together
+SCORES: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda logits: logits.softmax(-1),
+    "sigmoid": torch.sigmoid,
+    "sqrtsoftplus": lambda logits: F.softplus(logits).sqrt(),
+}
 BEST_OF_GROUP = 2  # a group is worth as much as its two best experts together
 
 
 class Projections(nn.Module):
     """The weights of all experts, (experts, out, in) each. Without a gate the activation is a squared ReLU."""
 
-    def __init__(self, experts: int, width: int, hidden: int, gated: bool) -> None:
+    def __init__(self, experts: int, width: int, hidden: int, gated: bool, limit: float | None) -> None:
         super().__init__()
+        self.limit = limit
         self.gate_proj = Stacked(experts, width, hidden) if gated else None
         self.up_proj = Stacked(experts, width, hidden)
         self.down_proj = Stacked(experts, hidden, width)
@@ -33,10 +39,16 @@ class Projections(nn.Module):
     def forward(self, x: Tensor, expert: int) -> Tensor:
         """(tokens, H) through one expert."""
         inner = x @ self.up_proj.weight[expert].T
-        gated = (
-            F.relu(inner).square() if self.gate_proj is None else F.silu(x @ self.gate_proj.weight[expert].T) * inner
-        )
+        if self.gate_proj is None:
+            gated = F.relu(inner).square()
+        else:
+            gated = swiglu(x @ self.gate_proj.weight[expert].T, inner, self.limit)
         return gated @ self.down_proj.weight[expert].T
+
+
+def swiglu(gate: Tensor, up: Tensor, limit: float | None) -> Tensor:
+    """SiLU of the gate times up; the gate is cut off above `limit`, up at both sides."""
+    return F.silu(gate) * up if limit is None else F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
 
 
 class Stacked(nn.Module):
@@ -57,6 +69,18 @@ class Squared(nn.Module):
         return out
 
 
+class Limited(FeedForward):
+    """A feed-forward whose activation is cut off."""
+
+    def __init__(self, spec: DrafterSpec, limit: float | None) -> None:
+        super().__init__(spec)
+        self.limit = limit
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), self.limit))
+        return out
+
+
 class Mixture(nn.Module):
     """A few of many experts for each token, and one for all, which a gate of its own may weigh."""
 
@@ -68,10 +92,10 @@ class Mixture(nn.Module):
         self.gate = nn.Linear(spec.hidden_size, experts.count, bias=False)
         self.choice_bias = nn.Parameter(torch.zeros(experts.count)) if Role.FFN_ROUTER_BIAS in roles else None
         hidden, latent, gated = spec.hidden_size, experts.latent_size, Role.FFN_GATE_EXPERTS in roles
-        self.experts = Projections(experts.count, spec.feed_forward_size, latent or hidden, gated)
+        self.experts = Projections(experts.count, spec.feed_forward_size, latent or hidden, gated, experts.limit)
         self.latent_down = nn.Linear(hidden, latent, bias=False) if latent else nn.Identity()
         self.latent_up = nn.Linear(latent, hidden, bias=False) if latent else nn.Identity()
-        own = FeedForward(replace(spec, feed_forward_size=shared)) if shared and gated else None
+        own = Limited(replace(spec, feed_forward_size=shared), experts.limit) if shared and gated else None
         self.shared_expert = own or (Squared(hidden, shared) if shared else None)
         weighed = Role.FFN_SHARED_ROUTER in roles
         self.shared_expert_gate = nn.Linear(spec.hidden_size, 1, bias=False) if weighed else None
@@ -90,7 +114,7 @@ class Mixture(nn.Module):
     def route(self, flat: Tensor) -> tuple[Tensor, Tensor]:
         """Shares and numbers of each token's experts, both (tokens, used)."""
         facts, logits = self.facts, self.gate(flat)
-        scores = logits.sigmoid() if facts.scoring == "sigmoid" else logits.softmax(-1)  # (tokens, E)
+        scores = SCORES[facts.scoring or "softmax"](logits)  # (tokens, E)
         worth = scores if self.choice_bias is None else scores + self.choice_bias
         chosen = self.in_best_groups(worth).topk(facts.used).indices
         shares = scores.gather(-1, chosen)

@@ -7,7 +7,7 @@ of llama.cpp's `src/models/qwen35.cpp` (graph_mtp) and `common/speculative.cpp` 
 
 Shapes: T positions read, S positions in one pass, H hidden, n/m heads and kv heads, d head_dim; `...` are leading batch
 dimensions. A head's modules carry the names that follow `mtp.` in a Qwen3.5 checkpoint, whatever its family calls them
-(`NAMES`); norms multiply by their weight as it is, where Qwen stores what it differs from one by.
+(`mtp_names.py`); norms multiply by their weight as it is, where Qwen stores what it differs from one by.
 """
 
 from __future__ import annotations
@@ -25,67 +25,13 @@ from convert_drafter.converters.verify.in_torch.reference.dflash import FeedForw
 from convert_drafter.converters.verify.in_torch.reference.drafter import Drafted, Tables, followed, over_head
 from convert_drafter.converters.verify.in_torch.reference.latent import Latent
 from convert_drafter.converters.verify.in_torch.reference.mixture import Mixture
+from convert_drafter.converters.verify.in_torch.reference.mtp_names import NAMES, SHARED_NAMES
 from convert_drafter.converters.verify.in_torch.reference.rope import rotate
 
-_ATTENTION, _MLP = "layers.0.self_attn.", "layers.0.mlp."
-# Parameters by what they are for: those of one head, and those the drafter has once.
-NAMES = {
-    Role.ATTN_NORM: "layers.0.input_layernorm.weight",
-    Role.ATTN_Q: f"{_ATTENTION}q_proj.weight",
-    Role.ATTN_K: f"{_ATTENTION}k_proj.weight",
-    Role.ATTN_V: f"{_ATTENTION}v_proj.weight",
-    Role.ATTN_OUTPUT: f"{_ATTENTION}o_proj.weight",
-    Role.ATTN_Q_BIAS: f"{_ATTENTION}q_proj.bias",
-    Role.ATTN_K_BIAS: f"{_ATTENTION}k_proj.bias",
-    Role.ATTN_V_BIAS: f"{_ATTENTION}v_proj.bias",
-    Role.ATTN_Q_NORM: f"{_ATTENTION}q_norm.weight",
-    Role.ATTN_K_NORM: f"{_ATTENTION}k_norm.weight",
-    Role.ATTN_Q_A: f"{_ATTENTION}q_a_proj.weight",
-    Role.ATTN_Q_A_NORM: f"{_ATTENTION}q_a_layernorm.weight",
-    Role.ATTN_Q_B: f"{_ATTENTION}q_b_proj.weight",
-    Role.ATTN_KV_A: f"{_ATTENTION}kv_a_proj.weight",
-    Role.ATTN_KV_A_NORM: f"{_ATTENTION}kv_a_layernorm.weight",
-    Role.ATTN_K_B: f"{_ATTENTION}k_b",
-    Role.ATTN_V_B: f"{_ATTENTION}v_b",
-    Role.INDEXER_Q_B: f"{_ATTENTION}indexer.wq_b.weight",
-    Role.INDEXER_K: f"{_ATTENTION}indexer.wk.weight",
-    Role.INDEXER_K_NORM: f"{_ATTENTION}indexer.k_norm.weight",
-    Role.INDEXER_K_NORM_BIAS: f"{_ATTENTION}indexer.k_norm.bias",
-    Role.INDEXER_PROJ: f"{_ATTENTION}indexer.weights_proj.weight",
-    Role.ATTN_QKV: f"{_ATTENTION}qkv_proj.weight",
-    Role.ATTN_GATE: f"{_ATTENTION}g_proj.weight",
-    Role.ATTN_SINKS: f"{_ATTENTION}sinks",
-    Role.FFN_NORM: "layers.0.post_attention_layernorm.weight",
-    Role.FFN_GATE: f"{_MLP}gate_proj.weight",
-    Role.FFN_UP: f"{_MLP}up_proj.weight",
-    Role.FFN_DOWN: f"{_MLP}down_proj.weight",
-    Role.FFN_ROUTER: f"{_MLP}gate.weight",
-    Role.FFN_ROUTER_BIAS: f"{_MLP}choice_bias",
-    Role.FFN_GATE_EXPERTS: f"{_MLP}experts.gate_proj.weight",
-    Role.FFN_UP_EXPERTS: f"{_MLP}experts.up_proj.weight",
-    Role.FFN_DOWN_EXPERTS: f"{_MLP}experts.down_proj.weight",
-    Role.FFN_LATENT_DOWN: f"{_MLP}latent_down.weight",
-    Role.FFN_LATENT_UP: f"{_MLP}latent_up.weight",
-    Role.FFN_SHARED_ROUTER: f"{_MLP}shared_expert_gate.weight",
-    Role.FFN_GATE_SHARED: f"{_MLP}shared_expert.gate_proj.weight",
-    Role.FFN_UP_SHARED: f"{_MLP}shared_expert.up_proj.weight",
-    Role.FFN_DOWN_SHARED: f"{_MLP}shared_expert.down_proj.weight",
-    Role.NEXTN_PROJ: "fc.weight",
-    Role.NEXTN_EMBEDDING_NORM: "pre_fc_norm_embedding.weight",
-    Role.NEXTN_STATE_NORM: "pre_fc_norm_hidden.weight",
-    Role.NEXTN_OUTPUT_NORM: "norm.weight",
-    Role.NEXTN_EMBEDDING: "embed_tokens.weight",
-    Role.NEXTN_OUTPUT: "lm_head.weight",
-}
-SHARED_NAMES = {
-    Role.TOKEN_EMBEDDING: "embed_tokens.weight",
-    Role.OUTPUT_NORM: "norm.weight",
-    Role.OUTPUT: "lm_head.weight",
-    Role.ROPE_FACTORS: "rope_factors",
-}
 # What follows from a kind alone.
-PACKED_GATES = frozenset({"mtp-qwen35", "mtp-qwen35moe", "mtp-qwen3next"})  # in the query projection
-KeysValues = tuple[Tensor, Tensor]  # keys, turned by their positions, and values, both (..., m, T, d)
+PACKED_GATES = frozenset({"mtp-qwen35", "mtp-qwen35moe", "mtp-qwen3next", "mtp-qwen4exp"})  # in the query projection
+# Keys, turned by their positions, and values, both (..., m, T, d); and what else a kind keeps of T positions.
+KeysValues = tuple[Tensor, ...]
 
 
 def norm_of(spec: DrafterSpec) -> nn.Module:
@@ -129,7 +75,8 @@ class Attention(nn.Module):
         if self.gated:
             q, gate = q.chunk(2, dim=-1)
         q = self.rope(self.q_norm(q), at)
-        o = F.scaled_dot_product_attention(q, *every, attn_mask=visible, enable_gqa=True)
+        keys, values = every
+        o = F.scaled_dot_product_attention(q, keys, values, attn_mask=visible, enable_gqa=True)
         o = o if gate is None else o * gate.sigmoid()
         out: Tensor = self.o_proj(o.transpose(-2, -3).flatten(-2))  # (..., S, H)
         return out
@@ -201,8 +148,7 @@ class Head(nn.Module):
 
 
 def extended(before: KeysValues, more: KeysValues) -> KeysValues:
-    keys, values = (torch.cat([old, new], dim=-2) for old, new in zip(before, more, strict=True))
-    return keys, values
+    return tuple(torch.cat([old, new], dim=-2) for old, new in zip(before, more, strict=True))
 
 
 def shifted(states: Tensor, first: Tensor | None = None) -> Tensor:
@@ -278,6 +224,11 @@ class Mtp(nn.Module):
         out = over_head(state, head)
         return out if self.spec.logit_scale is None else out * self.spec.logit_scale
 
+    def visible(self, at: Tensor, length: int) -> Tensor:
+        """(S, length) True where queries at positions (S,) may look: backwards, and not beyond a window."""
+        back = at[:, None] - torch.arange(length, device=at.device)
+        return back >= 0 if self.spec.window is None else (back >= 0) & (back < self.spec.window.size)
+
     # --- ReferenceDrafter ---
 
     def read(self, context: Context | None, captured: Tensor, tokens: Sequence[int], tables: Tables) -> Context:
@@ -288,9 +239,10 @@ class Mtp(nn.Module):
         embedded = embedding[list(tokens[start : start + len(captured)])].to(captured.dtype)
         before = None if context is None else context.states[-1:]
         new = self.head.keys_values(embedded, shifted(captured, before), at)
-        if context is None:
-            return Context(*new, captured)
-        return Context(*extended(context[:2], new), torch.cat([context.states, captured]))
+        if context is not None:
+            new, captured = extended(context[:2], new), torch.cat([context.states, captured])
+        keys, values = new
+        return Context(keys, values, captured)
 
     def until(self, context: Context, length: int) -> Context:
         keys, values, states = context
@@ -307,8 +259,8 @@ class Mtp(nn.Module):
         for _ in range(count):
             length = known[0].shape[-2]
             at = torch.tensor([length], device=state.device)
-            visible = torch.ones(1, length + 1, dtype=torch.bool, device=state.device)
-            state, known = self(embedding[[token]].to(state.dtype), state, at, known, visible)
+            embedded = embedding[[token]].to(state.dtype)
+            state, known = self(embedded, state, at, known, self.visible(at, length + 1))
             rows.append(self.logits(state[0], head))
             tokens.append(rows[-1].argmax())
             token = followed(tokens, follow)

@@ -63,19 +63,20 @@ class WindowAttention(Attention):
         keys, values = (part.repeat_interleave(self.spec.head_count // part.shape[-3], dim=-3) for part in every)
         q = self.rope(self.q_norm(self.projected(x)[0]), at)
         scores = q @ keys.transpose(-2, -1) * self.spec.head_dim**-0.5  # (..., n, S, T + S)
-        o = self.shares(scores.masked_fill(~visible, -torch.inf)) @ values  # (..., n, S, v)
+        o = shares(scores.masked_fill(~visible, -torch.inf), self.sinks) @ values  # (..., n, S, v)
         if self.g_proj is not None:
             o = o * self.g_proj(x).sigmoid().transpose(-2, -1)[..., None]
         out: Tensor = self.o_proj(o.transpose(-2, -3).flatten(-2))
         scale = self.spec.attention_value_scale
         return out if scale is None else out * scale
 
-    def shares(self, scores: Tensor) -> Tensor:
-        """Softmax of each row, a sink's share left out."""
-        if self.sinks is None:
-            return scores.softmax(-1)
-        sinks = self.sinks[:, None, None].expand(*scores.shape[:-1], 1)
-        return torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
+
+def shares(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Softmax of each row (..., n, S, T), the share of each head's sink (n,) left out."""
+    if sinks is None:
+        return scores.softmax(-1)
+    column = sinks[:, None, None].expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
 
 
 class ChainContext(NamedTuple):
@@ -96,12 +97,6 @@ class MtpChain(Mtp):
         factors = torch.ones(spec.rope.dimensions // 2)
         self.rope_factors = nn.Parameter(factors) if Role.ROPE_FACTORS in roles else None
 
-    def visible(self, start: int, count: int, length: int, device: torch.device) -> Tensor:
-        """(count, length) True where a query at `start` and after may look: backwards, and not beyond the window."""
-        back = torch.arange(start, start + count, device=device)[:, None] - torch.arange(length, device=device)
-        seen = back >= 0
-        return seen if self.spec.window is None else seen & (back < self.spec.window.size)
-
     def tables_of(self, head: Head, tables: Tables) -> Tables:
         """Embedding and output in use: the head's own, the drafter's, the target's."""
         embedding, output = super().tables(tables)
@@ -120,7 +115,7 @@ class MtpChain(Mtp):
         at = torch.arange(length, length + len(tokens), device=states.device)
         x = head.join(embedding[list(tokens)].to(states.dtype), states)
         every = extended(before, head.layers[0].keys_values(x, at))
-        visible = self.visible(length, len(tokens), length + len(tokens), states.device)
+        visible = self.visible(at, length + len(tokens))
         state: Tensor = head.layers[0](x, at, every, visible)[-1:]
         norm = self.norm if head.norm is None else head.norm
         return state, self.logits(state if norm is None else norm(state), output), every
@@ -148,7 +143,7 @@ class MtpChain(Mtp):
         return ChainContext(grown, torch.cat([context.states, captured]))
 
     def until(self, context: ChainContext, length: int) -> ChainContext:  # type: ignore[override]
-        heads = tuple((keys[..., :length, :], values[..., :length, :]) for keys, values in context.heads)
+        heads = tuple(tuple(part[..., :length, :] for part in known) for known in context.heads)
         return ChainContext(heads, context.states[:length])
 
     @torch.no_grad()
