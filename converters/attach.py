@@ -15,6 +15,7 @@ from convert_drafter.converters.dialects.cell import keys_of, read_all
 from convert_drafter.converters.errors import Problems, WrongInput, WrongUsage
 from convert_drafter.converters.gguf_file import ARCHITECTURE, KeyValue
 from convert_drafter.converters.gguf_read import GGUFFile, read_gguf
+from convert_drafter.converters.hub_gguf import fetch_header
 from convert_drafter.converters.plan import Plan
 from convert_drafter.converters.recipe_rules import layer_of
 from convert_drafter.converters.spec import DrafterSpec, facts_of
@@ -31,8 +32,8 @@ def prepare_attach(job: ConvertJob) -> Conversion:
     cell, spec = conversion.cell, conversion.published.spec
     if cell.launch_attached is None:
         raise WrongUsage(f"--attach: a {cell.kind} drafter {cell.apart}")
-    refuse_overwriting(job.out, [job.attach])
-    base = read_gguf(job.attach)
+    base = read_gguf(fetch_header(job.attach))
+    refuse_overwriting(job.out, [base.path])
     _check_architecture(base, cell)
     changed = dict(counting_keys(cell, spec))
     if problems := [*_has_head(base, cell, spec), *_misfits(base, cell, spec, changed)]:

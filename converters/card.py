@@ -5,27 +5,27 @@ Nothing in it is made up: what a file does not say is left out, a measurement th
 
 from __future__ import annotations
 
-import hashlib
+import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from convert_drafter.converters.drafter_file import DrafterFile, read_drafter_file
 from convert_drafter.converters.errors import WrongInput
+from convert_drafter.converters.file_hash import Advance, hash_file
 from convert_drafter.converters.gguf_file import file_access
 from convert_drafter.converters.json_text import json_object
 from convert_drafter.converters.plan import type_facts
 from convert_drafter.converters.recipes import RECIPES
+from convert_drafter.converters.repository import GGUF, Repository, first_line, quiet
 from convert_drafter.converters.roles import role_name
 from convert_drafter.converters.type_choice import Candidate, choose_types
 from convert_drafter.quant import TYPES
 
 VERDICT, VERDICT_VERSION = "convert-drafter/verdict", 1
-CHUNK = 2**22  # bytes hashed at once
 SAME = ("drafter.kind", "drafter.source.repository", "drafter.source.revision", "drafter.source.config_sha256")
-Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,14 @@ def read_card(
     drafters = [read_drafter_file(path) for path in paths]
     for drafter in drafters[1:]:
         _require_same(drafters[0], drafter)
+    names = [drafter.file.path.name for drafter in drafters]
+    if twice := next((path for path in paths if names.count(path.name) > 1), None):
+        raise WrongInput(f"{twice}: its name is another file's as well, expected names of their own in one repository")
     measured = _verdicts(verdicts, [drafter.file.path for drafter in drafters])
+    sums = [hash_file(drafter.file.path, advance=advance).sha256 for drafter in drafters]
     files = (
-        CardFile(drafter, _sha256(drafter.file.path, advance), tuple(measured.get(drafter.file.path.name, ())))
-        for drafter in drafters
+        CardFile(drafter, sum, tuple(measured.get(drafter.file.path.name, ())))
+        for drafter, sum in zip(drafters, sums, strict=True)
     )
     return Card(tuple(files), license)
 
@@ -128,18 +132,13 @@ def _verdicts(paths: Sequence[Path], files: Sequence[Path]) -> dict[str, list[Ma
     return found
 
 
-def _sha256(path: Path, advance: Advance) -> str:
-    digest = hashlib.sha256()
-    with file_access(path, "read"), path.open("rb") as file:
-        while piece := file.read(CHUNK):
-            digest.update(piece)
-            advance(len(piece))
-    return digest.hexdigest()
-
-
 def pinned(file: CardFile, what: str) -> str | None:
-    repository, revision = (file.says(f"drafter.{what}.{key}") for key in ("repository", "revision"))
-    return repository if repository is None or revision is None else f"{repository}@{revision}"
+    """What was fetched, as a command takes it."""
+    repository, revision, place = (file.says(f"drafter.{what}.{key}") for key in ("repository", "revision", "path"))
+    if repository is None:
+        return None
+    folder, gguf = ("", place) if place is not None and place.endswith(GGUF) else (place, "")
+    return str(Repository(repository, revision, folder or "", gguf or ""))
 
 
 # --- how it was made ---
@@ -180,21 +179,52 @@ def making_command(file: CardFile) -> str | None:
 def push(card: Card, text: str, repository: str, private: bool = False) -> str:
     """Upload files and page as one commit, the repository made if there is none; returns its address.
 
-    Raises `WrongInput` with what the hub said.
+    What goes up is what the page has the sums of: the hub refuses another content. Raises `WrongInput` with what it
+    said.
     """
     import httpx2
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    additions = [CommitOperationAdd(f.path.name, str(f.path)) for f in card.files]
-    additions.append(CommitOperationAdd("README.md", text.encode()))
+    quiet()
     names = ", ".join(f.path.name for f in card.files)
     try:
+        additions = [_addition(file) for file in card.files]
+        additions.append(CommitOperationAdd("README.md", text.encode()))
         address = HfApi().create_repo(repository, private=private, exist_ok=True)
         HfApi().create_commit(repository, additions, commit_message=f"Add {names}")
-    except (HfHubHTTPError, HFValidationError, httpx2.HTTPError) as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise WrongInput(
-            f"--push {repository}: {first}; `hf auth login` or HF_TOKEN with the right to write"
-        ) from error
+    # the last two are how huggingface_hub tells of a file that could not be sent, and of what a storage refused
+    except (HfHubHTTPError, HFValidationError, httpx2.HTTPError, OSError, RuntimeError, ValueError) as error:
+        raise WrongInput(f"--push {repository}: {_said(error)}; {_advice(error)}") from error
     return str(address)
+
+
+def _addition(file: CardFile) -> Any:
+    from huggingface_hub import CommitOperationAdd
+
+    addition = CommitOperationAdd(file.path.name, str(file.path))
+    addition.upload_info.sha256 = bytes.fromhex(file.sha256)
+    return addition
+
+
+def _said(error: BaseException) -> str:
+    """The first line of an error and of what caused it."""
+    first = first_line(error)
+    return first if error.__cause__ is None or _status(error) is not None else f"{first} {_said(error.__cause__)}"
+
+
+def _status(error: BaseException) -> int | None:
+    response = getattr(error, "response", None)
+    return None if response is None else int(response.status_code)
+
+
+def _advice(error: BaseException) -> str:
+    """By the status that is at the bottom of it."""
+    status, cause = _status(error), error.__cause__
+    if status is None and cause is not None:
+        return _advice(cause)
+    if status in (401, 403, 404) or (status is None and re.search(r"\b40[134]\b", str(error))):  # xet tells no status
+        return "`hf auth login` or HF_TOKEN with the right to write there"
+    if status is not None and status < 500:
+        return "nothing was committed; has a file changed meanwhile? run it again"
+    return "nothing was committed; run it again: what arrived whole is not sent twice"

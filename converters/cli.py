@@ -24,7 +24,11 @@ INTERRUPTED = 130  # what a shell reports for a process ended by Ctrl-C
 )
 @click.version_option(tool_version(), prog_name="convert-drafter")
 def cli() -> None:
-    """Turn a published speculative-decoding drafter into a GGUF, with every fact checked."""
+    """Turn a published speculative-decoding drafter into a GGUF, with every fact checked.
+
+    Where a checkpoint, a target or a GGUF is asked for, a path may be a repository on the Hugging Face hub:
+    ORG/NAME[/FOLDER][:FILE or :QUANT][@REVISION].
+    """
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -26,12 +26,14 @@ from convert_drafter.converters.experts import stack_experts
 from convert_drafter.converters.gguf_file import KeyValue, StoredTensor, write_gguf
 from convert_drafter.converters.gguf_read import GGUFFile
 from convert_drafter.converters.hub import Part, fetch
+from convert_drafter.converters.hub_gguf import fetch_tensors, fetch_whole
 from convert_drafter.converters.importance import Importance, read_importance, without_entry
 from convert_drafter.converters.launch.line import launch_line
 from convert_drafter.converters.ops import Array
 from convert_drafter.converters.plan import Dropped, Matcher, Plan, PlannedTensor, match_tensors, plan_tensors
 from convert_drafter.converters.quantized import expand
 from convert_drafter.converters.recipes import RECIPES, Recipe, no_recipe
+from convert_drafter.converters.repository import name_of
 from convert_drafter.converters.roles import role_name
 from convert_drafter.converters.shared_cache import cache_doubts, cache_misfits
 from convert_drafter.converters.spec import DrafterSpec
@@ -157,7 +159,7 @@ def prepare(job: ConvertJob) -> Conversion:
     """Decide everything about a conversion from headers alone. Raises with every problem; writes nothing."""
     recipe = find_recipe(job.recipe)
     published = read_published(job.source, job.target, job.settings, job.ignore)
-    job = replace(job, target=published.target_path)
+    job = replace(job, target=published.target_path, importance=job.importance and fetch_whole(job.importance))
     reader, spec, checkpoint = published.reader, published.spec, published.checkpoint
     cell = find_cell(published.kind.name, job.runtime)
     refuse_overwriting(job.out, sources_of(checkpoint, job.target))
@@ -198,14 +200,12 @@ def convert(job: ConvertJob, advance: Callable[[int], None] = lambda n: None) ->
 
 def write_conversion(conversion: Conversion, advance: Callable[[int], None] = lambda n: None) -> Report:
     """Write what `prepare` decided; the file appears under its name complete or not at all."""
-    job, planned = conversion.job, {tensor.name: tensor for tensor in conversion.plan.tensors}
-    stored = [
-        StoredTensor(t.name, t.shape, GGMLQuantizationType(t.choice.type.ggml_id)) for t in conversion.plan.tensors
-    ]
-    base = conversion.base
-    copied = [] if base is None else list(base.tensors.values())
+    job, head_dim = conversion.job, conversion.published.spec.head_dim
+    planned = {tensor.name: tensor for tensor in conversion.plan.tensors}
+    stored = [StoredTensor(t.name, t.shape, GGMLQuantizationType(t.choice.type.ggml_id)) for t in planned.values()]
+    base = conversion.base and fetch_tensors(job.attach or conversion.base.path, conversion.base)
+    copied = list(base.tensors.values()) if base else []
     tallies = {name: Tally(tensor.choice.type) for name, tensor in planned.items()} if job.measure else {}
-    head_dim = conversion.published.spec.head_dim
     with cores(job.threads) as run:
 
         def data(tensor: StoredTensor) -> Iterator[Array]:
@@ -301,8 +301,7 @@ def _keys(
     """All metadata of the file, in its order: general, the drafter's facts, our own, the tokenizer's."""
     string, u32 = GGUFValueType.STRING, GGUFValueType.UINT32
     checkpoint, target = published.checkpoint, published.target
-    repository, _ = provenance.source_of(checkpoint.root)
-    name = repository.split("/")[-1] if repository else checkpoint.root.resolve().name
+    name = name_of(checkpoint.root)
     return (
         KeyValue("general.architecture", string, cell.arch),
         KeyValue("general.type", string, "model"),

@@ -31,7 +31,7 @@ def refuse_overwriting(out: Path, sources: Iterable[Path]) -> None:
     if not out.parent.is_dir():
         raise WrongInput(f"{out}: there is no folder {out.parent}; make it first")
     taken = [path for path in (out, partial_name(out)) if path.exists()]
-    for source in sources if taken else ():
+    for source in filter(Path.exists, sources) if taken else ():  # a repository on the hub is nowhere here
         inside = source.is_dir() and any(path.resolve().is_relative_to(source.resolve()) for path in taken)
         if inside or any(path.samefile(source) for path in taken):
             raise WrongUsage(f"{out}: is the same file as the source {source}; choose another output")

@@ -18,7 +18,9 @@ from convert_drafter.converters.encoding import cores
 from convert_drafter.converters.errors import Problems, WrongInput, WrongUsage
 from convert_drafter.converters.gguf_file import ARCHITECTURE, file_access
 from convert_drafter.converters.gguf_read import GGUFFile, read_gguf
+from convert_drafter.converters.holes import has_holes
 from convert_drafter.converters.hub import Part, fetch
+from convert_drafter.converters.hub_gguf import fetch_header, fetch_tensors
 from convert_drafter.converters.loader_keys import key_faults, provenance_faults
 from convert_drafter.converters.pairing import PAIRING, check_pairing
 from convert_drafter.converters.roles import Role
@@ -46,14 +48,13 @@ def doctor(
     """The gates "structure" and, with a target, "pairing" of a drafter's GGUF.
 
     With `source`, a checkpoint, structure includes that every fact and tensor is its own; `settings` correct its config
-    as in a conversion. `on_bytes` hears of the bytes looked at: the file's once, with a source twice. Raises
-    `WrongUsage` for a folder, `WrongInput` for what is no drafter's GGUF and for a target or source that cannot be
-    read.
+    as in a conversion. `on_bytes` hears of the bytes looked at: the file's once, with a source twice. The weights of a
+    repository's file are fetched only where its header shows no fault. Raises `WrongUsage` for a folder, `WrongInput`
+    for what is no drafter's GGUF and for a target or source that cannot be read.
     """
     hear: Callable[[int], None] = on_bytes or (lambda n: None)
     target = None if target is None else fetch(target, Part.CONFIG)
-    source = None if source is None else fetch(source, Part.DRAFTER, needed)
-    file = _opened(path)
+    file = _opened(fetch_header(path))
     if isinstance(file, Gate):
         return _alone(file, target)
     if ARCHITECTURE not in file.keys:
@@ -62,6 +63,12 @@ def doctor(
     cell = cell_of_file(file)
     whole, file = file, own_part(file, cell)
     found = survey(file, cell, None if target is None else read_target(target))
+    if has_holes(file.path):
+        if gates := _refused(found, target):
+            return gates
+        file = fetch_tensors(path, file)
+        found = replace(found, file=file)
+    source = None if source is None else fetch(source, Part.DRAFTER, needed)
     published = None if source is None else read_source(found, source, target, settings or {})
     sick = _health(file, hear)
     broken = frozenset(name for name, state in sick.items() if state.broken)
@@ -75,6 +82,14 @@ def doctor(
 def _alone(structure: Gate, target: Path | None) -> tuple[Gate, ...]:
     skipped = Gate(PAIRING, Outcome.SKIPPED, "not asked: the file cannot be read")
     return (structure,) if target is None else (structure, skipped)
+
+
+def _refused(found: Survey, target: Path | None) -> tuple[Gate, ...]:
+    """What a header alone shows to be wrong; no gates where nothing is."""
+    unseen = Finding("its weights were not fetched: mend this first", fault=False)
+    structure = _gate(_summary(found), [*_header_findings(found), unseen])
+    gates = (structure,) if target is None else (structure, check_pairing(found, target))
+    return gates if any(gate.outcome is Outcome.FAIL for gate in gates) else ()
 
 
 def _opened(path: Path) -> GGUFFile | Gate:
@@ -100,19 +115,29 @@ def _health(file: GGUFFile, on_bytes: OnBytes) -> dict[str, Health]:
 
 def _structure(found: Survey, sick: dict[str, Health], agreed: Agreement, source: Path | None, whole: GGUFFile) -> Gate:
     findings = [
-        *found.findings,
-        *key_faults(found.cell, found.file.keys, found.facts),
-        *tokenizer_faults(found.file.keys, found.facts, needed=found.cell.tokenizer),
+        *_header_findings(found),
         *_values(found.file, sick),
         *_ids(found),
         *_bounds(whole),
         *provenance_faults(found.cell, found.file.keys),
         *agreed.findings,
     ]
+    return _gate(f"{_summary(found)}{_compared(agreed.compared, source)}", findings, agreed.compared)
+
+
+def _header_findings(found: Survey) -> tuple[Finding, ...]:
+    keys = found.file.keys
+    return (
+        *found.findings,
+        *key_faults(found.cell, keys, found.facts),
+        *tokenizer_faults(keys, found.facts, needed=found.cell.tokenizer),
+    )
+
+
+def _summary(found: Survey) -> str:
     types = Counter(stored.type.name for stored in found.file.tensors.values())
     kinds = ", ".join(f"{count} {name}" for name, count in types.most_common())
-    summary = f"{found.cell.kind} drafter for {found.cell.runtime}: {len(found.file.tensors)} tensors ({kinds})"
-    return _gate(f"{summary}{_compared(agreed.compared, source)}", findings, agreed.compared)
+    return f"{found.cell.kind} drafter for {found.cell.runtime}: {len(found.file.tensors)} tensors ({kinds})"
 
 
 def _compared(compared: Iterable[Comparison], source: Path | None) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from convert_drafter.converters.gguf_file import file_access
 SETTLED = 2 * 10**9  # nanoseconds; FAT's clock ticks every two seconds, others' faster
 CTIME_COUNTS = os.name != "nt"  # there it is the time of creation
 SLAB_BYTES = 1 << 20
+Advance = Callable[[int], None]
 Identity = tuple[int, ...]  # device, inode, size in bytes, mtime and ctime in nanoseconds
 _hashed: dict[Identity, str] = {}  # of this process: many recipes of one checkpoint read it once
 
@@ -40,10 +42,12 @@ def identity(path: Path) -> Identity:
     return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
-def hash_file(path: Path, known: FileHash | None = None, rehash: bool = False) -> FileHash:
+def hash_file(
+    path: Path, known: FileHash | None = None, rehash: bool = False, advance: Advance = lambda count: None
+) -> FileHash:
     """The hash of a file's content; `known` and what this process read before are believed unless `rehash`.
 
-    Raises `WrongInput` for what cannot be read or changes while it is.
+    `advance` hears of bytes that are read. Raises `WrongInput` for what cannot be read or changes while it is.
     """
     before, now = identity(path), time.time_ns()
     if not rehash and known is not None and known.seen == before:
@@ -51,7 +55,7 @@ def hash_file(path: Path, known: FileHash | None = None, rehash: bool = False) -
     settled = CTIME_COUNTS and all(moment < now - SETTLED for moment in before[-2:])
     digest = None if rehash or not settled else _hashed.get(before)
     if digest is None:
-        digest = _read(path)
+        digest = _read(path, advance)
         if identity(path) != before:
             raise WrongInput(f"{path}: changed while it was read, expected a file that nobody is writing; start again")
     if settled:
@@ -59,12 +63,13 @@ def hash_file(path: Path, known: FileHash | None = None, rehash: bool = False) -
     return FileHash(digest, before if settled else None)
 
 
-def _read(path: Path) -> str:
+def _read(path: Path, advance: Advance) -> str:
     digest, slab = hashlib.sha256(), memoryview(bytearray(SLAB_BYTES))
     with file_access(path, "read"), path.open("rb", buffering=0) as file:
         while count := file.readinto(slab):
             digest.update(slab[:count])
+            advance(count)
     return digest.hexdigest()
 
 
-__all__ = ["FileHash", "Identity", "hash_file", "identity"]
+__all__ = ["Advance", "FileHash", "Identity", "hash_file", "identity"]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from convert_drafter.converters.errors import WrongInput
 from convert_drafter.converters.gguf_read import GGUFFile, read_part
+from convert_drafter.converters.holes import has_holes
 
 # One file of several (llama_split_path in llama.cpp's include/llama.h)
 PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
@@ -16,10 +17,11 @@ PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", r
 def read_model(path: Path) -> GGUFFile:
     """A model by its first file, with the tensors of all parts that it was split into; not their data.
 
-    Raises `WrongInput` for a part that is missing, and for one that is not the first.
+    Of a repository's model only the first part's header is fetched, which has all keys. Raises `WrongInput` for a part
+    that is missing, and for one that is not the first.
     """
     first = read_part(path)
-    if first.parts == 1:
+    if first.parts == 1 or has_holes(path):
         return first
     match, where = PART.fullmatch(path.name), f"one of {first.parts} parts"
     if match is None or (int(match["number"]), int(match["count"])) != (1, first.parts):

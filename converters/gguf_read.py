@@ -9,9 +9,8 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from io import BufferedReader
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +31,7 @@ from convert_drafter.converters.gguf_file import (
 )
 
 E = TypeVar("E", GGUFValueType, GGMLQuantizationType)
+Read = Callable[[int], bytes]  # so many bytes of a file, from its start on
 SPLIT_COUNT = "split.count"
 MAX_METADATA = 2**26  # bytes; the largest vocabularies fill a third
 LONG = 1024  # entries of a list that skimming walks over; what tells a layer from another is shorter
@@ -94,8 +94,8 @@ class _Cursor:
 
     at_once, whole = 2**20, True  # bytes read at a time; whether a part of a model is refused
 
-    def __init__(self, path: Path, file: BufferedReader) -> None:
-        self.path, self.file, self.size = path, file, os.fstat(file.fileno()).st_size
+    def __init__(self, path: Path, read: Read, size: int) -> None:
+        self.path, self.read, self.size = path, read, size
         self.at, self.data, self.limit = 0, bytearray(), min(self.size, MAX_METADATA)
 
     def wrong(self, what: str, found: object, expected: object) -> WrongInput:
@@ -108,7 +108,7 @@ class _Cursor:
             return
         if end > self.limit:
             raise self.wrong(what, f"{self.limit - self.at} bytes left", f"{count}: truncated or damaged")
-        self.data += self.file.read(max(end - len(self.data), self.at_once))
+        self.data += self.read(max(end - len(self.data), self.at_once))
         if end > len(self.data):
             raise self.wrong(what, f"{len(self.data)} bytes in the file", f"{self.size}; it changed while being read")
 
@@ -163,8 +163,8 @@ class _Skimmer(_Cursor):
 
     at_once, whole = 2**14, False
 
-    def __init__(self, path: Path, file: BufferedReader) -> None:
-        super().__init__(path, file)
+    def __init__(self, path: Path, read: Read, size: int) -> None:
+        super().__init__(path, read, size)
         self.skipped: dict[str, Skipped] = {}
 
     def values(self, kind: GGUFValueType, count: int, what: str) -> tuple[Scalar, ...]:
@@ -232,18 +232,28 @@ def _parts(keys: dict[str, KeyValue]) -> int:
 
 def _read(path: Path, walker: type[_Cursor]) -> tuple[GGUFFile, _Cursor, list[int]]:
     """The file without absolute offsets, where its metadata ends, and the offsets within its data."""
-    keys: dict[str, KeyValue] = {}
-    tensors: dict[str, StoredTensor] = {}
     if path.exists() and not path.is_file() and not path.is_dir():
         raise WrongInput(f"{path}: is a device or a pipe, expected a file")
     with file_access(path, "read"), path.open("rb") as file:
-        cursor = walker(path, file)
-        version, n_tensors, n_keys = _read_counts(cursor)
-        for _ in range(n_keys):
-            _read_key(cursor, keys)
-        alignment = alignment_of(path, keys)
-        relative = [_read_tensor(cursor, tensors) for _ in range(n_tensors)]
-    return GGUFFile(path, version, alignment, keys, tensors, {}), cursor, relative
+        cursor = walker(path, file.read, os.fstat(file.fileno()).st_size)
+        found, relative = _walk(cursor)
+    return found, cursor, relative
+
+
+def walk_metadata(path: Path, read: Read, size: int) -> None:
+    """Read all metadata of a file that comes bit by bit, of `size` bytes; `WrongInput` where it cannot be read."""
+    _walk(_Skimmer(path, read, size))
+
+
+def _walk(cursor: _Cursor) -> tuple[GGUFFile, list[int]]:
+    keys: dict[str, KeyValue] = {}
+    tensors: dict[str, StoredTensor] = {}
+    version, n_tensors, n_keys = _read_counts(cursor)
+    for _ in range(n_keys):
+        _read_key(cursor, keys)
+    alignment = alignment_of(cursor.path, keys)
+    relative = [_read_tensor(cursor, tensors) for _ in range(n_tensors)]
+    return GGUFFile(cursor.path, version, alignment, keys, tensors, {}), relative
 
 
 def _read_counts(cursor: _Cursor) -> tuple[int, int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from convert_drafter.converters.drafters import rules_of
 from convert_drafter.converters.errors import BadFact, WrongInput
 from convert_drafter.converters.gguf_file import file_access
 from convert_drafter.converters.gguf_read import GGUFFile, read_gguf
+from convert_drafter.converters.hub_gguf import fetch_header, holds_gguf
 from convert_drafter.converters.plan import plan_tensors
 from convert_drafter.converters.recipes import RECIPES
 from convert_drafter.converters.spec import DrafterSpec, facts_of, required, spec_from
@@ -61,6 +62,8 @@ def inspect(path: Path, settings: Mapping[str, str] | None = None, target: Path 
 
     Raises `WrongInput` where it cannot be read.
     """
+    if holds_gguf(path):
+        return replace(inspect_gguf(fetch_header(path)), path=path)
     if path.is_file() and _is_gguf(path):
         return inspect_gguf(path)
     return inspect_checkpoint(path, settings, target)

@@ -20,7 +20,7 @@ from convert_drafter.converters.errors import DrafterError
 from convert_drafter.converters.gguf_file import KeyValue
 from convert_drafter.converters.gguf_read import GGUFFile
 from convert_drafter.converters.loader_keys import VOCAB_HASH
-from convert_drafter.converters.provenance import source_of
+from convert_drafter.converters.repository import name_of, source_of
 from convert_drafter.converters.roles import Role
 from convert_drafter.converters.shared_cache import cache_doubts, cache_misfits
 from convert_drafter.converters.spec import DrafterSpec
@@ -168,7 +168,7 @@ def different_tokens(
 def _identity(file: GGUFFile, path: Path, target: Target) -> Iterator[Remark]:
     noted = {key.removeprefix(NOTED): str(entry.value) for key, entry in file.keys.items() if key.startswith(NOTED)}
     repository, revision = source_of(path)
-    theirs = repository.split("/")[-1] if repository else target.name
+    theirs = name_of(path) if repository else target.name
     if "name" not in noted:
         yield Remark("target: the file does not say which one it was made for", Outcome.ADVICE)
     elif not _same_model(noted["name"], theirs):

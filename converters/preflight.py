@@ -17,11 +17,14 @@ from convert_drafter.converters.drafter_file import read_drafter_file
 from convert_drafter.converters.drafters import needed
 from convert_drafter.converters.errors import DrafterError, MissingEngine, Problems
 from convert_drafter.converters.gguf_file import KeyValue
+from convert_drafter.converters.hub import Part, fetch
+from convert_drafter.converters.hub_gguf import fetch_header, holds_gguf
 from convert_drafter.converters.launch.abilities import can
 from convert_drafter.converters.launch.files import source_of_way, way_of
 from convert_drafter.converters.launch.launching import LLAMA_CPP
 from convert_drafter.converters.launch.modes import AUTO, DRAFTERS, OFF, canonical, unknown, ways_of
 from convert_drafter.converters.pairing import different_tokens
+from convert_drafter.converters.repository import repository_of
 from convert_drafter.converters.spec import DrafterSpec
 from convert_drafter.converters.target import Target, read_target, target_tokenizer
 from convert_drafter.converters.tokenizer import TOKENS, Tokenizer, read_tokenizer
@@ -52,6 +55,8 @@ class Plans:
 
 def is_checkpoint(path: Path) -> bool:
     """Is this to be looked at as a checkpoint, even where it is a broken one; a GGUF is doctor's own."""
+    if repository_of(path) is not None:
+        return not holds_gguf(path)
     return path.is_dir() or path.suffix == ".safetensors" or (path.is_symlink() and not path.exists())
 
 
@@ -73,7 +78,8 @@ def beside_file(path: Path, target: Path | None, plans: Plans) -> tuple[Gate, ..
     if plans == Plans(strict=plans.strict):
         return ()
     try:
-        drafter = read_drafter_file(path, target=None if target is None else read_target(target))
+        known = None if target is None else read_target(fetch(target, Part.CONFIG))
+        drafter = read_drafter_file(fetch_header(path), target=known)
     except DrafterError as error:
         return (Gate("settings", Outcome.SKIPPED, "the file has to be mended first", (str(error),)),)
     return tuple(served(drafter.cell, drafter.spec, replace(plans, runtime=drafter.cell.runtime)))
@@ -89,7 +95,7 @@ def _paths(source: Path, target: Path | None) -> Gate:
             "paths", Outcome.FAIL, "1 leads nowhere", (f"{source}: a link to {source.readlink()}: nothing there",)
         )
     try:
-        found = open_checkpoint(source, needed)
+        found = open_checkpoint(fetch(source, Part.DRAFTER, needed), needed)
         files = f"{len(found.files)} file{'s' * (len(found.files) != 1)}"
         notes.append(f"{source}: {len(found.tensors)} tensors in {files}, and {found.config_path.name}")
     except Problems as error:
@@ -98,17 +104,20 @@ def _paths(source: Path, target: Path | None) -> Gate:
         faults.append(str(error))
     if target is not None:
         try:
-            read_target(target)
-            notes.append(_target_weights(target))
+            notes.append(_target_weights(target, fetch(target, Part.CONFIG)))
         except DrafterError as error:
             faults.append(str(error))
     summary = _count(faults, "leads nowhere", "lead nowhere") if faults else "a config and weights where they should be"
     return Gate("paths", Outcome.FAIL if faults else Outcome.PASS, summary, tuple(faults or notes))
 
 
-def _target_weights(target: Path) -> str:
-    if target.is_file():
+def _target_weights(target: Path, here: Path) -> str:
+    """What there is of it, `here` what was fetched. Raises `WrongInput` where it tells too little."""
+    read_target(here)
+    if here.is_file():
         return f"{target}: a GGUF"
+    if here != target:
+        return f"{target}: a repository, of which the weights were not asked for"
     try:
         return f"{target}: {len(open_checkpoint(target).tensors)} tensors"
     except DrafterError:

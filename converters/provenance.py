@@ -6,7 +6,6 @@ Runtimes ignore keys they do not know. Nothing here changes from one run to the 
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,10 +14,9 @@ from gguf import GGUFValueType
 
 from convert_drafter.converters.checkpoint import Checkpoint
 from convert_drafter.converters.gguf_file import KeyValue
+from convert_drafter.converters.repository import name_of, place_in_repository, source_of
 from convert_drafter.converters.target import Target
 from convert_drafter.converters.tokenizer import Tokenizer
-
-CACHE_FOLDER = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<revision>[0-9a-f]{40})(/|$)")
 
 
 def tool_version() -> str:
@@ -45,8 +43,7 @@ def source_keys(checkpoint: Checkpoint, settings: Mapping[str, str], ignored: It
 
 def target_keys(path: Path, target: Target, tokenizer: Tokenizer | None) -> Iterator[KeyValue]:
     """Which target the file belongs to; the ordered vocabulary's hash tells a mismatched pair for certain."""
-    repository, _ = source_of(path)
-    yield _string("drafter.target.name", repository.split("/")[-1] if repository else target.name)
+    yield _string("drafter.target.name", name_of(path) if source_of(path)[0] else target.name)
     yield _string("drafter.target.architecture", target.architecture)
     yield from _origin("drafter.target", path)
     if tokenizer is not None:
@@ -59,22 +56,8 @@ def _origin(prefix: str, folder: Path) -> Iterator[KeyValue]:
         yield _string(f"{prefix}.repository", repository)
     if revision is not None:
         yield _string(f"{prefix}.revision", revision)
-
-
-def source_of(folder: Path) -> tuple[str | None, str | None]:
-    """(repository, revision) of a folder that came from the Hugging Face hub, as far as it tells.
-
-    Known places: the hub cache's folder names, and the metadata `hf download --local-dir` leaves behind.
-    """
-    places = (folder.absolute(), folder.resolve())  # a link into the cache counts, a link out of it as well
-    if match := next(filter(None, (CACHE_FOLDER.search(f"{place.as_posix()}/") for place in places)), None):
-        return f"{match['owner']}/{match['name']}", match["revision"]
-    metadata = folder / ".cache" / "huggingface" / "download" / "config.json.metadata"
-    if metadata.is_file():
-        first = metadata.read_text(encoding="utf-8", errors="replace").splitlines()[:1]
-        if first and re.fullmatch(r"[0-9a-f]{40}", first[0]):
-            return None, first[0]
-    return None, None
+    if place := place_in_repository(folder):
+        yield _string(f"{prefix}.path", place)
 
 
 def _string(key: str, value: str) -> KeyValue:

@@ -22,6 +22,7 @@ from convert_drafter.converters.encoding import SLAB_WEIGHTS, Encoder, Tally, co
 from convert_drafter.converters.errors import DrafterError, Problems, WrongInput, WrongUsage
 from convert_drafter.converters.gguf_file import KeyValue, StoredTensor, write_gguf
 from convert_drafter.converters.gguf_read import GGUFFile, read_gguf
+from convert_drafter.converters.hub_gguf import fetch_header, fetch_tensors, fetch_whole
 from convert_drafter.converters.importance import KEYS as IMATRIX_KEYS
 from convert_drafter.converters.importance import Importance, read_importance, without_entry
 from convert_drafter.converters.launch.line import launch_line
@@ -115,8 +116,9 @@ def prepare_quantize(job: QuantizeJob) -> Quantization:
     recipe = find_recipe(job.recipe)
     if job.source.is_dir():
         raise WrongUsage(f"{job.source}: is a folder, expected a GGUF; `convert` reads checkpoints")
-    file = read_gguf(job.source)
-    refuse_overwriting(job.out, (job.source, *([job.importance] if job.importance else ())))
+    job = replace(job, importance=job.importance and fetch_whole(job.importance))
+    file = read_gguf(fetch_header(job.source))
+    refuse_overwriting(job.out, (file.path, *([job.importance] if job.importance else ())))
     importance = read_importance(job.importance) if job.importance else None
     options = replace(job.options, importance=importance is not None)
     if not file.tensors:
@@ -146,6 +148,7 @@ def quantize(job: QuantizeJob, advance: Callable[[int], None] = lambda n: None) 
 
 def write_quantization(decided: Quantization, advance: Callable[[int], None] = lambda n: None) -> QuantizeReport:
     """Write what `prepare_quantize` decided; the file appears under its name complete or not at all."""
+    decided = replace(decided, file=fetch_tensors(decided.job.source, decided.file))
     job, by_name = decided.job, {recoding.stored.name: recoding for recoding in decided.recodings}
     tallies = {r.stored.name: Tally(r.choice.type) for r in decided.recodings if job.measure and not r.copied}
     with cores(job.threads) as run:
@@ -155,7 +158,7 @@ def write_quantization(decided: Quantization, advance: Callable[[int], None] = l
 
         size = write_gguf(job.out, decided.keys, [r.result for r in decided.recodings], data, advance)
     errors = {name: tally.errors for name, tally in tallies.items()}
-    return QuantizeReport(decided, job.out, job.source.stat().st_size, size, errors)
+    return QuantizeReport(decided, job.out, decided.file.path.stat().st_size, size, errors)
 
 
 def stored_type(kind: GGMLQuantizationType) -> QuantType:

@@ -25,6 +25,7 @@ from convert_drafter.converters.errors import Problems, WrongInput, WrongUsage
 from convert_drafter.converters.gguf_file import ARCHITECTURE, KeyValue, StoredTensor, file_access, write_gguf
 from convert_drafter.converters.gguf_read import GGUFFile
 from convert_drafter.converters.hub import Part, fetch
+from convert_drafter.converters.hub_gguf import fetch_header, fetch_tensors
 from convert_drafter.converters.launch.line import launch_line
 from convert_drafter.converters.plan import unplaced
 from convert_drafter.converters.recipes import ALWAYS_F32
@@ -108,10 +109,10 @@ def prepare_redialect(job: RedialectJob) -> Redialection:
         raise WrongUsage(f"{job.source}: is a folder, expected a drafter's GGUF; `convert` reads checkpoints")
     job = replace(job, target=None if job.target is None else fetch(job.target, Part.CONFIG))
     target = None if job.target is None else read_target(job.target)
-    drafter = read_drafter_file(job.source, job.settings, target)
+    drafter = read_drafter_file(fetch_header(job.source), job.settings, target)
     file, spec = drafter.file, drafter.spec
     cell = find_cell(spec.kind, job.runtime)
-    refuse_overwriting(job.out, _files_read(job))
+    refuse_overwriting(job.out, _files_read(job, file.path))
     moves, unnamed = _rename(drafter.tensors, cell)
     architecture = _architecture(file, target)
     if drafter.cell.transforms != cell.transforms:  # bytes are copied here
@@ -137,18 +138,18 @@ def redialect(job: RedialectJob, advance: Callable[[int], None] = lambda n: None
 
 def write_redialection(decided: Redialection, advance: Callable[[int], None] = lambda n: None) -> RedialectReport:
     """Write what `prepare_redialect` decided; the file appears under its name complete or not at all."""
-    file, out = decided.drafter.file, decided.job.out
+    file, out = fetch_tensors(decided.job.source, decided.drafter.file), decided.job.out
     names = {move.name: move.stored.name for move in decided.moves}
     tensors = [replace(move.stored, name=move.name) for move in decided.moves]
     size = write_gguf(out, decided.keys, tensors, lambda tensor: file.slabs(names[tensor.name]), advance)
     return RedialectReport(decided, out, file.path.stat().st_size, size)
 
 
-def _files_read(job: RedialectJob) -> list[Path]:
+def _files_read(job: RedialectJob, source: Path) -> list[Path]:
     """Every file the job reads or may read; an old GGUF beside the target's files may be replaced."""
     if job.target is None or not job.target.is_dir():
-        return [job.source, *([] if job.target is None else [job.target])]
-    return [job.source, *(path for path in job.target.iterdir() if path.suffix not in OURS and path.is_file())]
+        return [source, *([] if job.target is None else [job.target])]
+    return [source, *(path for path in job.target.iterdir() if path.suffix not in OURS and path.is_file())]
 
 
 def _rename(tensors: Mapping[TensorKey, StoredTensor], cell: Cell) -> tuple[tuple[Move, ...], list[str]]:

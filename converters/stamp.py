@@ -21,10 +21,13 @@ from typing import Any
 
 from convert_drafter.converters.convert import Conversion
 from convert_drafter.converters.destination import OURS, write_whole
+from convert_drafter.converters.drafters import needed
 from convert_drafter.converters.errors import DrafterError, WrongInput
 from convert_drafter.converters.file_hash import FileHash, hash_file
 from convert_drafter.converters.gguf_file import KeyValue
 from convert_drafter.converters.gguf_model import parts_of
+from convert_drafter.converters.hub import Part, fetch
+from convert_drafter.converters.hub_gguf import fetch_tensors
 from convert_drafter.converters.json_text import json_object
 from convert_drafter.converters.plan import PlannedTensor
 from convert_drafter.converters.provenance import tool_version
@@ -196,7 +199,8 @@ def _of_conversion(found: Conversion) -> Wanted:
         "tensors": _digest(map(_planned, found.plan.tensors)),
     }
     inputs = {f"source/{path.name}": path for path in (checkpoint.config_path, *checkpoint.files)}
-    beside = {"imatrix": job.importance, "attach": job.attach}
+    attach = fetch_tensors(job.attach, found.base).path if job.attach and found.base else None
+    beside = {"imatrix": job.importance, "attach": attach}
     return Wanted(settings, inputs | {name: path for name, path in beside.items() if path}, (job.out,))
 
 
@@ -210,13 +214,15 @@ def _of_quantization(found: Quantization) -> Wanted:
         "keys": _digest(map(_key, found.keys)),
         "tensors": _digest(f"{r.stored.name} {r.stored.shape} {r.choice.type.name}" for r in found.recodings),
     }
-    inputs = {"source": job.source, **({"imatrix": job.importance} if job.importance else {})}
+    source = fetch_tensors(job.source, found.file).path
+    inputs = {"source": source, **({"imatrix": job.importance} if job.importance else {})}
     return Wanted(settings, inputs, (job.out,))
 
 
 def _of_verification(found: Verification) -> Wanted:
     """Nothing is decided before a verification runs: its settings are the job's, without what changes no answer."""
-    job = found.job
+    source = found.job.source
+    job = replace(found.job.fetched(), source=None if source is None else fetch(source, Part.DRAFTER, needed))
     wished = {
         "max-prompts": job.max_prompts, "new-tokens": job.new_tokens, "max-drop": job.max_drop,
         "min-acceptance-length": job.least_length, "contexts": job.contexts, "dtype": job.dtype,

@@ -13,6 +13,7 @@ from convert_drafter.converters.errors import WrongInput
 from convert_drafter.converters.gguf_file import KeyValue
 from convert_drafter.converters.gguf_model import PART, read_model
 from convert_drafter.converters.gguf_read import GGUFFile
+from convert_drafter.converters.repository import name_of
 from convert_drafter.converters.tokenizer import TOKENS, Tokenizer, copy_tokenizer, read_json, read_tokenizer
 
 T = TypeVar("T", int, str)
@@ -98,7 +99,7 @@ def _from_config(folder: Path) -> Target:
     hidden = _fact(reader, int, *HIDDEN)
     architecture = _architecture(reader)
     return Target(
-        name=Path(reader.find("name", str, "_name_or_path") or folder.resolve()).name,
+        name=Path(reader.find("name", str, "_name_or_path") or name_of(folder)).name,
         architecture=architecture,
         layer_count=_fact(reader, int, *LAYERS),
         hidden_size=hidden,

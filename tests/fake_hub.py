@@ -5,7 +5,6 @@ It can want a token, hand weights over to another address as the real one does, 
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import re
@@ -18,7 +17,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
+from fake_uploads import COMMIT, Uploading, Uploads
+
 LARGE = (".safetensors", ".gguf")  # kept apart from the repository, behind a redirect
 API = re.compile(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/?]+))?")
 FILE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
@@ -38,14 +38,14 @@ class FakeHub:
     ranges: bool = True  # whether parts of files are given
     sent: Counter[str] = field(default_factory=Counter)
     asked: list[str] = field(default_factory=list)
-    made: list[dict[str, object]] = field(default_factory=list)  # repositories that were wanted
-    committed: dict[str, bytes] = field(default_factory=dict)
+    stall: float = 0  # seconds of silence in place of the rest of a body that is broken off
+    uploads: Uploads = field(default_factory=Uploads)
     leaked: bool = False  # a token came to the other address
     url: str = ""
     storage: str = ""  # the other address
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(Uploading, BaseHTTPRequestHandler):
     hub: FakeHub
     protocol_version = "HTTP/1.1"
 
@@ -57,39 +57,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.answer(body=True)
-
-    def do_POST(self) -> None:
-        """Making a repository, asking how files are to be sent, and a commit with the files in it."""
-        raw = self.rfile.read(int(self.headers.get("content-length") or 0))
-        path = urlsplit(self.path).path
-        token = (self.headers.get("authorization") or "").removeprefix("Bearer ")
-        if self.hub.tokens and token not in self.hub.tokens:
-            return self.fail(401, "")
-        if path == "/api/validate-yaml":
-            return self.send_json({"errors": [], "warnings": []})
-        if path == "/api/repos/create":
-            asked = json.loads(raw)
-            self.hub.made.append(asked)
-            name = f"{asked.get('organization', 'me')}/{asked['name']}"
-            return self.send_json({"url": f"{self.hub.url}/{name}", "name": name})
-        if path.endswith("/preupload/main"):
-            files = [
-                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
-                for file in json.loads(raw)["files"]
-            ]
-            return self.send_json({"files": files})
-        if path.endswith("/commit/main"):
-            for line in raw.splitlines():
-                entry = json.loads(line)
-                if entry["key"] == "file":
-                    self.hub.committed[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
-            return self.send_json(
-                {"commitUrl": f"{self.hub.url}/me/tiny/commit/{COMMIT}", "commitOid": COMMIT, "hookOutput": ""}
-            )
-        return self.fail(404, "")
-
-    def send_json(self, answer: object) -> None:
-        self.send(200, {"content-type": "application/json"}, json.dumps(answer).encode(), body=True)
 
     def answer(self, body: bool) -> None:
         path = unquote(urlsplit(self.path).path)
@@ -175,6 +142,9 @@ class Handler(BaseHTTPRequestHandler):
             data, self.close_connection = data[: self.hub.break_after], True
         self.hub.sent[name] += len(data)
         self.wfile.write(data)
+        if self.close_connection and self.hub.stall:
+            self.wfile.flush()
+            threading.Event().wait(self.hub.stall)  # time.sleep is the library's to skip
 
     def fail(self, status: int, code: str) -> None:
         self.send(status, {"x-error-code": code, "x-error-message": f"{code} {status}"}, b"", body=True)

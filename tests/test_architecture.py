@@ -19,7 +19,7 @@ FLOORS = {
     2: [
         *("config", "weight_files", "checkpoint", "gguf_file", "gguf_read", "pre_tokenizers", "tokenizer", "target"),
         *("importance", "encoding", "destination", "json_text", "packed", "quantized", "quantized_config", "experts"),
-        *("hub", "excerpt", "latent", "matrices", "file_hash", "gguf_model"),
+        *("hub", "hub_gguf", "holes", "repository", "excerpt", "latent", "matrices", "file_hash", "gguf_model"),
     ],
     3: [
         *("dimensions", "ops", "shared_cache", "recipe_rules", "recipes", "type_choice", "plan", "provenance"),

@@ -24,6 +24,8 @@ from convert_drafter.converters.drafter_file import read_drafter_file
 from convert_drafter.converters.recipes import RECIPES
 from convert_drafter.converters.verify.reports import report
 
+# huggingface_hub sends a file as httpx2 wants it no more
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 NAMES = ("Q8_0", "Q4_K_M", "Q4_K_M-drafter")
 
 
@@ -182,10 +184,97 @@ def test_files_and_page_go_up_as_one_commit(
         main(["card", str(files[0]), str(files[1]), "--push", "me/tiny-GGUF", "--private"])
     assert done.value.code == 0
     assert capsys.readouterr().out == f"pushed to {hub.url}/me/tiny-GGUF\n"
-    assert hub.made[0]["visibility"] == "private"
-    assert hub.committed.keys() == {files[0].name, files[1].name, "README.md"}
-    assert hub.committed[files[0].name] == files[0].read_bytes()
-    assert hub.committed["README.md"].decode() == card_text(read_card(files[:2]))
+    assert hub.uploads.made[0]["visibility"] == "private"
+    committed = hub.uploads.committed
+    assert committed.keys() == {files[0].name, files[1].name, "README.md"}
+    assert all(committed[path.name] == path.read_bytes() for path in files[:2])
+    assert committed["README.md"].decode() == card_text(read_card(files[:2]))
+    sums = {hashlib.sha256(path.read_bytes()).hexdigest(): path.stat().st_size for path in files[:2]}
+    assert hub.uploads.received == sums and not hub.uploads.leaked
+
+
+def test_large_files_go_up_in_parts(hub: FakeHub, files: list[Path]) -> None:
+    hub.uploads.part_size = 500_000
+    card = read_card(files[:1])
+    push(card, card_text(card), "me/tiny")
+    size = files[0].stat().st_size
+    assert hub.uploads.committed[files[0].name] == files[0].read_bytes()
+    assert len(hub.uploads.received) == -(-size // 500_000) > 3 and sum(hub.uploads.received.values()) == size
+
+
+def test_what_is_there_is_not_sent_again(hub: FakeHub, files: list[Path]) -> None:
+    """A commit that was refused costs no second upload."""
+    hub.uploads.refuse["commit"] = 403
+    card = read_card(files[:2])
+    with pytest.raises(WrongInput, match=r"--push me/tiny: .*403.*; `hf auth login` or HF_TOKEN with the right"):
+        push(card, card_text(card), "me/tiny")
+    assert not hub.uploads.committed
+    hub.uploads.refuse.clear()
+    push(card, card_text(card), "me/tiny")
+    assert hub.uploads.committed.keys() == {files[0].name, files[1].name, "README.md"}
+    assert sum(hub.uploads.received.values()) == sum(path.stat().st_size for path in files[:2])
+
+
+@pytest.mark.parametrize("parts", [0, 500_000])
+def test_an_upload_that_breaks_off_is_sent_again(hub: FakeHub, files: list[Path], parts: int) -> None:
+    hub.uploads.breaks, hub.uploads.part_size = 3, parts
+    card = read_card(files[:1])
+    push(card, card_text(card), "me/tiny")
+    assert hub.uploads.committed[files[0].name] == files[0].read_bytes()
+
+
+AGAIN = "nothing was committed; run it again: what arrived whole is not sent twice"
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ({"breaks": 1000}, rf"Error while uploading '.*Q8_0\.gguf' to the Hub\. .*; {AGAIN}$"),
+        ({"refuse": {"storage": 503}}, rf"Error while uploading .*503.*; {AGAIN}$"),
+        ({"refuse": {"storage": 403}}, r"Error while uploading .*403.*; `hf auth login` or HF_TOKEN"),
+        ({"refuse": {"batch": 403}}, r"--push me/tiny: .*403.*; `hf auth login` or HF_TOKEN"),
+        ({"spoil": True}, r"Error while uploading .*422.*has a file changed meanwhile\? run it again$"),
+    ],
+)
+def test_an_upload_that_fails_is_one_line(
+    hub: FakeHub, files: list[Path], broken: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.uploads = replace(hub.uploads, **broken)
+    with pytest.raises(SystemExit) as done:
+        main(["card", str(files[0]), "--push", "me/tiny"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert done.value.code == 3 and re.search(said, line), line
+    assert not hub.uploads.committed
+
+
+def test_a_storage_that_refuses_by_xet_is_one_line(
+    hub: FakeHub, files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library's other way up, which ends in exceptions of its own; this hub gives it no token."""
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
+    card = read_card(files[:1])
+    with pytest.raises(WrongInput, match=r"--push me/tiny: .*404.*; `hf auth login` or HF_TOKEN with the right"):
+        push(card, card_text(card), "me/tiny")
+    assert not hub.uploads.committed
+
+
+def test_the_page_cannot_have_another_sum_than_its_file(hub: FakeHub, files: list[Path], tmp_path: Path) -> None:
+    """A file that changed after it was hashed is not committed."""
+    path = tmp_path / "a-Q8_0.gguf"
+    path.write_bytes(files[0].read_bytes())
+    card = read_card([path])
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    with pytest.raises(WrongInput, match="has a file changed meanwhile"):
+        push(card, card_text(card), "me/tiny")
+    assert not hub.uploads.committed
+
+
+def test_two_files_of_one_name_are_no_repository(files: list[Path], tmp_path: Path) -> None:
+    other = tmp_path / files[0].name
+    other.write_bytes(files[0].read_bytes())
+    with pytest.raises(WrongInput, match=r"Q8_0\.gguf: its name is another file's as well"):
+        read_card([files[0], other])
 
 
 def test_a_push_without_the_right_is_one_message(hub: FakeHub, files: list[Path]) -> None:

@@ -36,8 +36,8 @@ from published import (
 from convert_drafter.converters import ConvertJob, DrafterError, Problems, WrongInput, WrongUsage, convert, prepare
 from convert_drafter.converters.dialects import RUNTIMES, find_cell, read
 from convert_drafter.converters.gguf_read import GGUFFile, read_gguf
-from convert_drafter.converters.provenance import source_of
 from convert_drafter.converters.recipes import RECIPES
+from convert_drafter.converters.repository import source_of
 from convert_drafter.converters.spec import spec_from
 from convert_drafter.converters.tokenizer import vocabulary_hash
 from convert_drafter.quant import TYPES, dequantize, quantize

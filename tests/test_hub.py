@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -19,12 +22,16 @@ from mtp_checkpoints import job, small
 from published import PAIR
 from safetensors.numpy import load_file, save_file
 
-from convert_drafter.converters import WrongInput, convert, doctor, inspect
+from convert_drafter.converters import ConvertJob, WrongInput, WrongUsage, convert, doctor, inspect
+from convert_drafter.converters.card import making_command, read_card
 from convert_drafter.converters.checkpoint import open_checkpoint, read_rows
+from convert_drafter.converters.cli import main
+from convert_drafter.converters.destination import refuse_overwriting
 from convert_drafter.converters.drafters import needed
 from convert_drafter.converters.excerpt import plan_excerpt, read_remote_header, write_excerpt
 from convert_drafter.converters.gguf_read import read_gguf
-from convert_drafter.converters.hub import WATCH, Part, Repository, fetch, repository_of
+from convert_drafter.converters.hub import Part, fetch
+from convert_drafter.converters.repository import WATCH, Repository, repository_of
 from convert_drafter.converters.verdict import Outcome
 
 HEAD = Path("org/target")
@@ -53,7 +60,19 @@ def weights_sent(hub: FakeHub) -> int:
         ("name", None),
         ("./org/name", None),
         ("../org/name", None),
-        ("a/b/c", None),
+        ("a/b/c", Repository("a/b", None, "c")),
+        ("org/name/sub/folder@v1", Repository("org/name", "v1", "sub/folder")),
+        ("org/name:Q8_0", Repository("org/name", None, "", "Q8_0")),
+        ("org/name:sub/x y.gguf@refs/pr/1", Repository("org/name", "refs/pr/1", "", "sub/x y.gguf")),
+        ("org/name/sub:Q8_0", Repository("org/name", None, "sub", "Q8_0")),
+        ("org/name@v1:Q8_0", Repository("org/name", "v1", "", "Q8_0")),
+        ("org/name@v1:Q8_0@v2", None),
+        ("org/name/x.gguf", None),
+        ("org/name/x.safetensors", None),
+        ("org/name/../x", None),
+        ("org/name:", None),
+        ("/org/name", None),
+        ("org/name:a\nb", None),
         ("org/name.gguf", None),
         ("org/model.safetensors", None),
         ("org/na me", None),
@@ -63,6 +82,8 @@ def weights_sent(hub: FakeHub) -> int:
 )
 def test_names_of_repositories(text: str, expected: Repository | None) -> None:
     assert repository_of(text) == expected == repository_of(Path(text)) or text.startswith("./")
+    assert expected is None or str(expected) == text or "@v1:" in text
+    assert expected is None or repository_of(str(expected)) == expected
 
 
 def test_what_lies_here_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,9 +229,80 @@ def test_a_hub_that_stays_busy_is_given_up(hub: FakeHub) -> None:
     assert "org/target: no such path; from the hub: the hub refused" in refusal(HEAD)
 
 
+def test_a_server_that_falls_silent_is_asked_again(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing comes and nobody hangs up: huggingface_hub's time limit, which range reads have as well."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 1)
+    hub.break_after, hub.breaks, hub.stall = 40_000, 2, 30
+    started = time.monotonic()
+    assert len(open_checkpoint(fetch(HEAD, Part.DRAFTER, needed)).tensors) == 18
+    assert hub.breaks == 0 and time.monotonic() - started < hub.stall / 2
+
+
 def test_a_server_without_ranges_is_told(hub: FakeHub) -> None:
     hub.ranges = False
     assert "the server sends whole files only; hf download the repository instead" in refusal(HEAD)
+
+
+# --- a checkpoint in a sub-folder ---
+
+
+@pytest.fixture
+def nested(hub: FakeHub, repository: Path, tmp_path: Path) -> FakeHub:
+    """Two checkpoints, neither at the root: a drafter and a target with a head."""
+    folder = tmp_path / "nested"
+    shutil.copytree(PAIR / "drafter", folder / "a" / "drafter")
+    shutil.copytree(repository, folder / "head")
+    (folder / "tokenizer_config.json").write_text("{}")
+    hub.repositories["org/nested"] = folder
+    return hub
+
+
+def test_a_sub_folder_is_a_checkpoint(nested: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command on its card names the sub-folder, and makes the same file."""
+    out, here = tmp_path / "a.gguf", tmp_path / "b.gguf"
+    convert(ConvertJob(Path("org/nested/a/drafter@main"), Path("org/pair"), "llama.cpp", "Q8_0", out))
+    keys = read_gguf(out).keys
+    assert keys["drafter.source.path"].value == "a/drafter" and "drafter.target.path" not in keys
+    command = making_command(read_card([out]).first)
+    assert command is not None and f"convert org/nested/a/drafter@{COMMIT} --target org/pair@{COMMIT}" in command
+    with pytest.raises(SystemExit) as done:
+        main([*shlex.split(command)[1:-1], str(here)])
+    assert done.value.code == 0 and here.read_bytes() == out.read_bytes()
+    assert not any(name.startswith("model-0") for name in nested.sent)  # the other folder's shards
+
+
+def test_a_head_in_a_sub_folder_costs_its_bytes(nested: FakeHub, repository: Path, tmp_path: Path) -> None:
+    place = Path("org/nested/head")
+    convert(job(place, tmp_path / "a.gguf"))
+    convert(job(repository, tmp_path / "b.gguf"))
+    ours, theirs = read_gguf(tmp_path / "a.gguf"), read_gguf(tmp_path / "b.gguf")
+    assert all((ours.tensor_bytes(name) == theirs.tensor_bytes(name)).all() for name in theirs.tensors)
+    assert ours.keys["drafter.source.path"].value == ours.keys["drafter.target.path"].value == "head"
+    sent = weights_sent(nested)
+    assert sent < sum(path.stat().st_size for path in repository.glob("*.safetensors"))
+    assert inspect(place).kind == "mtp-qwen35" and weights_sent(nested) == sent
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("org/nested", "org/nested: no config.json; a config.json is in sub-folders: give org/nested/a/drafter, "),
+        ("org/nested@main", "give org/nested/a/drafter@main, org/nested/head@main"),
+        ("org/nested/a", "org/nested/a: no config.json; a config.json is in sub-folders: give org/nested/a/drafter"),
+        ("org/nested/nothing", "org/nested/nothing: no config.json; a config.json is in sub-folders: give "),
+        ("org/drafter/x", "org/drafter/x: no config.json; it is at the root: give org/drafter"),
+    ],
+)
+@pytest.mark.parametrize("part", [Part.DRAFTER, Part.CONFIG, Part.WHOLE])
+def test_sub_folders_are_listed(nested: FakeHub, place: str, said: str, part: Part) -> None:
+    assert said in refusal(Path(place), part)
+
+
+def test_what_is_spelled_wrong_here_is_not_asked_for(hub: FakeHub, tmp_path: Path) -> None:
+    """A path into a folder that is here names nothing on the hub."""
+    (Path("org") / "other").mkdir(parents=True)
+    assert repository_of("org/nested/a") is None and repository_of("org/name") == Repository("org/name", None)
+    assert repository_of("org/name:Q8_0") == Repository("org/name", None, "", "Q8_0")
 
 
 # --- what cannot be had ---
@@ -273,6 +365,23 @@ def test_offline_takes_what_is_there(hub: FakeHub, repository: Path, tmp_path: P
     offline = run(HF_HUB_OFFLINE="1")
     assert (offline.returncode, offline.stderr) == (0, "") and out.exists()
     assert sum(sent.values()) == before
+
+
+def test_a_hub_that_is_down_is_not_needed(hub: FakeHub, tmp_path: Path) -> None:
+    """What was fetched is taken, as huggingface_hub takes it; a revision that is gone is told."""
+    convert(job(HEAD, tmp_path / "a.gguf"))
+    hub.tokens = {"another"}
+    convert(job(HEAD, tmp_path / "b.gguf"))
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+
+
+def test_a_result_may_be_replaced_where_a_source_is_on_the_hub(hub: FakeHub, tmp_path: Path) -> None:
+    out = tmp_path / "o.gguf"
+    out.write_bytes(b"an old one")
+    refuse_overwriting(out, [Path("org/drafter"), Path("org/one:Q8_0")])
+    convert(ConvertJob(Path("org/drafter"), Path("org/pair"), "llama.cpp", "Q8_0", out))
+    with pytest.raises(WrongUsage, match="is the same file as the source"):
+        refuse_overwriting(out, [Path("org/drafter"), out])
 
 
 def test_jobs_name_repositories(hub: FakeHub, tmp_path: Path) -> None:

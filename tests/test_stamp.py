@@ -301,7 +301,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The files that were read."""
     found: list[Path] = []
     read = file_hash._read
-    monkeypatch.setattr(file_hash, "_read", lambda path: (found.append(path), read(path))[1])
+    monkeypatch.setattr(file_hash, "_read", lambda path, advance: (found.append(path), read(path, advance))[1])
     return found
 
 
@@ -350,7 +350,7 @@ def test_a_file_that_is_being_written_is_refused(tmp_path: Path, monkeypatch: py
     path = tmp_path / "a"
     path.write_text("content")
     read = file_hash._read
-    monkeypatch.setattr(file_hash, "_read", lambda path: (read(path), path.write_text("more"))[0])
+    monkeypatch.setattr(file_hash, "_read", lambda path, advance: (read(path, advance), path.write_text("more"))[0])
     with pytest.raises(WrongInput, match="a: changed while it was read, expected a file that nobody is writing"):
         hash_file(path)
     with pytest.raises(WrongInput, match="absent: cannot be read: No such file"):

@@ -13,7 +13,7 @@ from convert_drafter.converters.batch.processes import Processes
 from convert_drafter.converters.batch.task import Task
 from convert_drafter.converters.encoding import MOST_CORES, available_cores
 from convert_drafter.converters.errors import MissingEngine, WrongInput, WrongUsage
-from convert_drafter.converters.hub import repository_of
+from convert_drafter.converters.repository import repository_of
 
 INSTALL = 'pip install "convert-drafter[batch]"'
 CONNECT_SECONDS = 10

@@ -17,6 +17,7 @@ from convert_drafter.converters.drafters import needed
 from convert_drafter.converters.errors import DrafterError, Problems
 from convert_drafter.converters.gguf_file import KeyValue
 from convert_drafter.converters.hub import Part, fetch
+from convert_drafter.converters.hub_gguf import fetch_header
 from convert_drafter.converters.pairing import check_pairing
 from convert_drafter.converters.preflight import tokenizer_gate
 from convert_drafter.converters.quantize import QuantizeJob, prepare_quantize
@@ -210,7 +211,7 @@ def _source(path: Path | None) -> None:
 
 def _drafter(path: Path, targets: Sequence[Path], found: _Findings) -> None:
     """The file, and whether it is these targets': to run a pair that is none takes as long."""
-    drafter = read_drafter_file(path)
+    drafter = read_drafter_file(fetch_header(path))
     found.faults += [f"{path}: {problem}" for problem in drafter.problems]
     for target in () if drafter.problems else targets:
         place = fetch(target, Part.CONFIG)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ import click
 from convert_drafter.converters.commands.options import RECIPE
 from convert_drafter.converters.errors import WrongUsage
 from convert_drafter.converters.recipes import expected_recipe
+from convert_drafter.converters.repository import repository_of
 
 # what belongs to a terminal, or is never right unattended: a batch always skips what is up to date
 NOT_IN_JOBS = ("dry_run", "only_changed", "as_json", "repair", "help")
 RENAMED = {"quantize": {"recipe": "quant"}}  # a positional argument gets the name that `convert` has for it
+FETCHED = ("source", "target", "targets", "file", "attach", "importance")  # where a repository may stand
 LISTS_OF_NUMBERS = ("contexts",)
 
 
@@ -51,12 +54,19 @@ def read_value(param: click.Parameter, value: Any, folder: Path) -> Any:
     words = _words(param, value)
     try:
         found = [param.type.convert(word, param, context) for word in words]
-        found = [folder / value if isinstance(value, Path) else value for value in found]
+        found = [_placed(param, value, folder) if isinstance(value, Path) else value for value in found]
         single = not (isinstance(param, click.Option) and param.multiple)
         whole: Any = found[0] if single else tuple(found)
         return param.callback(context, param, whole) if param.callback else whole
     except (click.UsageError, WrongUsage) as error:
         raise BadValue(f"found {_shown(value)}, {_expected(param, value, error)}") from error
+
+
+def _placed(param: click.Parameter, value: Path, folder: Path) -> Path:
+    """A path from the jobs' folder; a repository on the hub is the same from everywhere."""
+    place = folder / value
+    asked = param.name in FETCHED and not os.path.lexists(place)
+    return value if asked and repository_of(value) is not None else place
 
 
 def _words(param: click.Parameter, value: Any) -> list[Any]:

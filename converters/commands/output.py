@@ -24,7 +24,7 @@ from rich.progress import (
 )
 
 from convert_drafter.converters.errors import plain
-from convert_drafter.converters.hub import WATCH
+from convert_drafter.converters.repository import WATCH
 from convert_drafter.converters.verify.measured import Watch
 
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -45,10 +45,10 @@ def emit_made(as_json: bool, report: Any, out: Path, data: Callable[[Any], Any],
 
 @contextmanager
 def progress(name: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr when it is a terminal; yields the function to tell bytes to."""
+    """A progress bar on stderr when it is a terminal; yields the function to tell bytes to; 0 is an unknown total."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=errors, disable=not errors.is_terminal) as bar:
-        task = bar.add_task(name, total=total)
+        task = bar.add_task(name, total=total or None)
         yield lambda n: bar.advance(task, n)
 
 

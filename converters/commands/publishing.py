@@ -12,6 +12,7 @@ from convert_drafter.converters.card_page import card_text
 from convert_drafter.converters.commands.options import INPUT
 from convert_drafter.converters.commands.output import progress
 from convert_drafter.converters.destination import refuse_overwriting, write_whole
+from convert_drafter.converters.hub_gguf import fetch_whole
 
 
 @click.command("card")
@@ -35,6 +36,7 @@ def card_command(
     convert-drafter card dflash-Q8_0.gguf dflash-Q4_K_M.gguf \\
         --verify q8.json --verify q4.json -o README.md
     """
+    files = [fetch_whole(path) for path in files]
     if out is not None:
         refuse_overwriting(out, [*files, *verdicts])
     total = sum(path.stat().st_size for path in files if path.is_file())

@@ -11,6 +11,8 @@ from pathlib import Path
 from convert_drafter.converters.convert import read_published
 from convert_drafter.converters.dialects import CELLS
 from convert_drafter.converters.errors import MissingEngine, Problems, WrongUsage
+from convert_drafter.converters.hub import Part, fetch
+from convert_drafter.converters.hub_gguf import fetch_whole
 from convert_drafter.converters.launch.abilities import Devices, devices, unprobed
 from convert_drafter.converters.launch.files import Pair, read_pair, way_of
 from convert_drafter.converters.launch.flags import command
@@ -19,6 +21,7 @@ from convert_drafter.converters.launch.measured import read_measured
 from convert_drafter.converters.launch.modes import AUTO, MODES, MTP, NGRAM, OFF, canonical, unknown, ways_of
 from convert_drafter.converters.launch.other_engines import HEAD_LENGTH, NGRAM_LENGTH, OTHER_ENGINES
 from convert_drafter.converters.launch.resolve import Ngram, Remark, Request, Resolved, Situation, resolve, spec_type
+from convert_drafter.converters.repository import repository_of
 from convert_drafter.converters.spec import HEADS
 from convert_drafter.converters.verify.in_llama_cpp.probe import NAME, Abilities, Ability, Engine, Known, find_server
 
@@ -107,6 +110,8 @@ def program(decided: Launch) -> str:
 
 
 def _for_file(job: LaunchJob) -> Launch:
+    target = None if job.target is None else fetch(job.target, Part.SERVED)
+    job = replace(job, file=fetch_whole(job.file), target=target)
     pair = read_pair(job.file, job.target)
     runtime = LLAMA_CPP if pair.drafter is None else pair.drafter.cell.runtime
     if job.engine not in (None, runtime):
@@ -229,9 +234,10 @@ def _elsewhere(job: LaunchJob) -> Launch:
     if job.file.is_file() and job.file.suffix == ".gguf":
         raise WrongUsage(f"{job.file}: {job.engine} reads checkpoints: give the folder the GGUF was made from")
     engine, published = OTHER_ENGINES[job.engine], read_published(job.file, job.target)
-    target = published.target_path
-    if target is None:
+    if published.target_path is None:
         raise WrongUsage(f"{job.file}: is a drafter on its own; give its target's folder with --target")
+    target = _fetched_there(job.target or job.file, published.target_path)
+    drafter = _fetched_there(job.file, job.file)
     kind, spec, request = published.kind.name, published.spec, job.request
     own = way_of(CELLS[kind, LLAMA_CPP])
     way = own if request.mode in (None, AUTO) else _one_way(job, request, own)
@@ -243,13 +249,23 @@ def _elsewhere(job: LaunchJob) -> Launch:
     spelled = None if way == OFF else engine.drafting.get(kind if way == own else way, engine.drafting[way])
     if spelled is None and way != OFF:
         raise WrongUsage(f"{job.file}: {job.engine} documents nothing of {kind} drafters; --mode ngram needs none")
-    options = [] if spelled is None else spelled(str(job.file), length)
+    options = [] if spelled is None else spelled(str(drafter), length)
     remarks += [Remark("engine", engine.notes[name]) for name in dict.fromkeys((kind, way)) if name in engine.notes]
     resolved = Resolved() if way == OFF else Resolved((way,), length)
     words = (*engine.start, str(target), *options, *request.extra)
-    drafter = job.file if way == own and kind not in HEADS else None
-    name = None if way == OFF else way
-    return Launch(job.engine, None, target, drafter, request, resolved, name, words, tuple(remarks))
+    name, used = None if way == OFF else way, drafter if way == own and kind not in HEADS else None
+    return Launch(job.engine, None, target, used, request, resolved, name, words, tuple(remarks))
+
+
+def _fetched_there(place: Path, here: Path) -> Path:
+    """A repository by its name, as these engines fetch it themselves; else what is here."""
+    repository = repository_of(place)
+    if repository is None:
+        return here
+    if str(repository) != repository.id:
+        said = f"these engines take a repository as a whole: give {repository.id}, and the revision in their own option"
+        raise WrongUsage(f"{place}: {said}: -- --revision {repository.revision or 'REVISION'}")
+    return place
 
 
 def _one_way(job: LaunchJob, request: Request, own: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from convert_drafter.converters.gguf_model import parts_of
 from convert_drafter.converters.launch.launching import Launch
+from convert_drafter.converters.repository import repository_of
 from convert_drafter.converters.verify.in_llama_cpp.probe import Engine, libraries
 
 SCHEMA, VERSION = "convert-drafter/launch", 1
@@ -43,8 +44,13 @@ def stamp(decided: Launch) -> dict[str, Any]:
 
 
 def _file(path: Path | None) -> dict[str, Any] | None:
-    """Its absolute path, size and time of change, of all parts of a model; a folder has neither."""
-    return None if path is None else {"path": str(path.resolve()), **_state(parts_of(path))}
+    """Its absolute path, size and time of change, of all parts of a model; a folder has neither, a repository its name
+    only."""
+    if path is None:
+        return None
+    if repository_of(path) is not None:
+        return {"path": str(path), **_state(())}
+    return {"path": str(path.resolve()), **_state(parts_of(path))}
 
 
 def _server(server: Engine) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from convert_drafter.converters.errors import WrongInput
 from convert_drafter.converters.gguf_model import PART
+from convert_drafter.converters.holes import has_holes
 from convert_drafter.converters.json_text import json_object
-from convert_drafter.converters.provenance import source_of
+from convert_drafter.converters.repository import source_of
 from convert_drafter.converters.scan.found import Skipped
 from convert_drafter.converters.weight_files import INDEX, WEIGHTS
 
@@ -107,6 +108,8 @@ def _unusable(path: Path) -> str:
     """Why a file's bytes cannot be asked for; a pipe would be waited for without end."""
     if not path.exists():
         return f"a link to nothing ({_aim(path)}): download it again or remove it"
+    if has_holes(path):
+        return "some bytes of a file on the hub, which this program fetched for itself"
     return "" if path.is_file() else "a device or a pipe, expected a file"
 
 

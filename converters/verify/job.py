@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from convert_drafter.converters.errors import WrongUsage
-from convert_drafter.converters.hub import repository_of
+from convert_drafter.converters.hub import Part, fetch
+from convert_drafter.converters.hub_gguf import fetch_whole
+from convert_drafter.converters.repository import repository_of
 from convert_drafter.converters.verdict import Diagnosis, Gate
 from convert_drafter.converters.verify.measured import Measured
 
@@ -61,6 +63,11 @@ class VerifyJob:
             path for path in (self.file, *self.targets, self.source, self.prompts, self.server) if path is not None
         )
 
+    def fetched(self) -> VerifyJob:
+        """The same with what is run fetched, where it lies on the hub."""
+        targets = tuple(fetch(target, Part.WHOLE) for target in self.targets)
+        return replace(self, file=fetch_whole(self.file), targets=targets)
+
     @property
     def engines(self) -> tuple[str, ...]:
         """The engines that the given targets are for. Raises `WrongUsage` where --engine has no target."""
@@ -84,5 +91,6 @@ class EngineAnswer:
 
 
 def _is_folder(target: Path) -> bool:
-    """A repository on the hub becomes one."""
-    return target.is_dir() or repository_of(target) is not None
+    """A repository on the hub becomes one, unless a GGUF of it is named."""
+    repository = repository_of(target)
+    return target.is_dir() or (repository is not None and not repository.gguf)

@@ -14,7 +14,6 @@ from convert_drafter.converters.destination import refuse_overwriting
 from convert_drafter.converters.doctor import STRUCTURE, doctor
 from convert_drafter.converters.drafter_file import read_drafter_file
 from convert_drafter.converters.errors import DrafterError, MissingEngine, WrongInput, WrongUsage
-from convert_drafter.converters.hub import Part, fetch
 from convert_drafter.converters.pairing import PAIRING
 from convert_drafter.converters.target import read_target
 from convert_drafter.converters.verdict import Gate, Outcome, Verdict
@@ -29,7 +28,7 @@ Run = Callable[[VerifyJob, Sequence[Gate], Watch], EngineAnswer]
 
 def verify(job: VerifyJob, watch: Watch = lambda phase, done, total: None) -> Verdict:
     """Ask every gate in order. Raises `WrongUsage`, `WrongInput` or `MissingEngine`; a fault is in the verdict."""
-    job = replace(job, targets=tuple(fetch(target, Part.WHOLE) for target in job.targets))
+    job = job.fetched()
     # what is missing is said before anything is measured
     engines = {name: find_engine(name, job) for name in job.engines}
     _check(job)
