@@ -62,6 +62,8 @@ class DrafterSpec:
     kv_head_counts: tuple[int, ...] = ()  # of each layer, where kv_head_count is the full ones' alone
     context_theta: float | None = None  # base for the context's keys where it differs from rope.theta (MiMo)
     attention_value_scale: float | None = None
+    attention_scale: float | None = None  # of scores, where it is not 1 / sqrt(head_dim)
+    activation: str | None = None  # of the feed-forward, where it is not the one that goes without saying for the kind
     embedding_scale: float | None = None
     logit_scale: float | None = None
     logit_softcap: float | None = None
@@ -196,7 +198,7 @@ _POSITIVE = (
     "trunk.rope_theta", "trunk.expert_feed_forward_size", "trunk.experts.count", "trunk.experts.used",
     "trunk.experts.shared_feed_forward_size", "trunk.experts.scale",
     # a zero in these keys means "none" to llama.cpp, and would mean something else here
-    "attention_value_scale", "embedding_scale", "logit_scale", "logit_softcap", "experts.scale",
+    "attention_value_scale", "attention_scale", "embedding_scale", "logit_scale", "logit_softcap", "experts.scale",
 )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ MAMBA = frozenset(
     f"state_space.{name}" for name in ("kernel_size", "state_size", "group_count", "head_count", "head_dim")
 )
 _BLOCK = frozenset({"block_size", "mask_token_id", "capture_layers"})
+_DSPARK = frozenset({"markov_rank", "confidence_head", "sample_from_anchor"})
 _LINEAR = frozenset(
     f"linear_attention.{name}"
     for name in ("kernel_size", "key_head_dim", "key_head_count", "value_head_count", "value_head_dim", "layers")
@@ -26,7 +27,8 @@ _SLIDING = frozenset({"window.size", "window.layers"}.union(
 OF_KIND: dict[str, frozenset[str]] = {
     "dflash": _BLOCK,
     "dflash2": _BLOCK | {"convolution.kernel_size", "convolution.group_size", "selector.rank", "selector.top_k"},
-    "dspark": _BLOCK | {"markov_rank", "confidence_head", "sample_from_anchor"},
+    "dspark": _BLOCK | _DSPARK,
+    "gemma4-dspark": _BLOCK.union(_DSPARK, ("embedding_scale", "attention_scale", "activation")),
     "eagle3": frozenset({"capture_layers", "norm_before_residual", "norm_before_fc"}),
     "gemma4-assistant": frozenset(
         {"window.size", "window.layers", "sliding.head_dim", "sliding.theta", "sliding.dimensions"}
