@@ -9,6 +9,7 @@ from typing import Any
 from convert_drafter.converters.errors import BadFact
 from convert_drafter.converters.spec_kinds import BEFORE_NORM, HEADS, MAMBA, OF_KIND
 from convert_drafter.converters.spec_parts import (
+    ACTIVATIONS,
     MROPE_SECTIONS,
     NO_ROPE,
     PAPER,
@@ -154,6 +155,7 @@ class DrafterSpec:
                 self.latent_attention is None or self.rope.dimensions < self.head_dim,
                 f"below head_dim {self.head_dim}: a part of each key is not rotated",
             ),
+            ("activation", self.activation in (None, *ACTIVATIONS), f"one of {', '.join(ACTIVATIONS)}"),
             ("context_theta", self.context_theta is None or self.context_theta > 0, "a theta above 0"),
             ("sliding.head_dim", self.sliding is None or self.window is not None, "none where no layer slides"),
             ("draft_vocab_size", (self.draft_vocab_size or 1) <= self.vocab_size, f"at most {self.vocab_size}"),
@@ -270,6 +272,7 @@ def _build(part: type, facts: Mapping[str, object], prefix: str) -> Any:
 
 
 __all__ = [
+    "ACTIVATIONS",
     "BEFORE_NORM",
     "CHAIN_LENGTH",
     "COMMON",

@@ -202,6 +202,7 @@ def test_a_sound_file(file: Path, target: Path) -> None:
         ("", {"embedding_scale": None}, "dflash.embedding_scale: missing, expected embedding_scale; llama.cpp takes"),
         ("", {"attention__scale": 0.125}, "dflash.attention.scale: found 0.125"),
         ("", {"hidden_activation": "silu"}, "dflash.hidden_activation: found 'silu'"),
+        ("", {"hidden_activation": "relu"}, "dflash.hidden_activation: found 'relu', expected one of gelu"),
         ("rope_freqs.weight", {}, "rope_factors: in the checkpoint, missing in the file (ROPE_FACTORS)"),
         ("blk.1.layer_output_scale.weight", {}, "blk.1.layer_output_scale.weight: missing (LAYER_SCALE of layer 1)"),
         ("blk.0.post_attention_norm.weight", {}, "blk.0.post_attention_norm.weight: missing"),

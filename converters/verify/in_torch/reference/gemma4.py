@@ -14,14 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convert_drafter.converters.roles import Role
-from convert_drafter.converters.spec import DrafterSpec
+from convert_drafter.converters.spec import ACTIVATIONS, DrafterSpec
 from convert_drafter.converters.verify.in_torch.reference.dflash import Attention, DFlash, RMSNorm
 
 GELU = partial(F.gelu, approximate="tanh")
-# What llama.cpp takes an activation's name for (src/models/dflash.cpp); it has no other GELU.
-ACTIVATIONS: Mapping[str | None, Callable[[Tensor], Tensor]] = {
-    None: GELU, "gelu_pytorch_tanh": GELU, "gelu": GELU, "silu": F.silu,
-}  # fmt: skip
+# What llama.cpp takes an activation's name for (src/models/dflash.cpp); without one it is Gemma's.
+ACTIVATION: Mapping[str | None, Callable[[Tensor], Tensor]] = {
+    **dict.fromkeys((None, *ACTIVATIONS), GELU),
+    "silu": F.silu,
+}
 
 
 class FeedForward(nn.Module):
@@ -30,7 +31,7 @@ class FeedForward(nn.Module):
         self.gate_proj = nn.Linear(spec.hidden_size, spec.feed_forward_size, bias=False)
         self.up_proj = nn.Linear(spec.hidden_size, spec.feed_forward_size, bias=False)
         self.down_proj = nn.Linear(spec.feed_forward_size, spec.hidden_size, bias=False)
-        self.activation = ACTIVATIONS[spec.activation]
+        self.activation = ACTIVATION[spec.activation]
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
