@@ -39,11 +39,13 @@ TOGETHER = {  # features that take more than one fact
 }
 # Facts that a tensor's shape tells: field, role, axis in torch order.
 _REDUCED = ("draft_vocab_size", Role.DRAFT_TO_TARGET, 0)
+_MARKOV = ("markov_rank", Role.MARKOV_IN, 1)
 BY_SHAPE: dict[str, tuple[tuple[str, Role, int], ...]] = {
     "dflash": (_REDUCED,),
     "dflash2": (_REDUCED,),
     "eagle3": (_REDUCED,),
-    "dspark": (_REDUCED, ("markov_rank", Role.MARKOV_IN, 1)),
+    "dspark": (_REDUCED, _MARKOV),
+    "gemma4-dspark": (_MARKOV,),
 }
 FROM_TARGET = ("target_layer_count", "vocab_size")
 Facts = dict[str, Any]
@@ -182,7 +184,7 @@ def derived_facts(file: GGUFFile, cell: Cell, facts: Facts, target: Target | Non
         stored = next((file.tensors[n] for n in names_of(cell, (role, None)) if n in file.tensors), None)
         if stored is not None and stored.shape and stored.shape[axis] != facts.get("vocab_size"):
             yield field, stored.shape[axis], f"shape of {stored.name}"
-    if cell.kind == "dspark":
+    if "confidence_head" in required(cell.kind):
         there = any(name in file.tensors for name in names_of(cell, (Role.CONFIDENCE, None)))
         yield "confidence_head", there, "tensor names"
     if target is None:

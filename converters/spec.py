@@ -9,6 +9,7 @@ from typing import Any
 from convert_drafter.converters.errors import BadFact
 from convert_drafter.converters.spec_kinds import BEFORE_NORM, HEADS, OF_KIND, POSITIVE
 from convert_drafter.converters.spec_parts import (
+    ACTIVATIONS,
     MROPE_SECTIONS,
     NO_ROPE,
     PAPER,
@@ -63,6 +64,8 @@ class DrafterSpec:
     kv_head_counts: tuple[int, ...] = ()  # of each layer, where kv_head_count is the full ones' alone
     context_theta: float | None = None  # base for the context's keys where it differs from rope.theta (MiMo)
     attention_value_scale: float | None = None
+    attention_scale: float | None = None  # of scores, where it is not 1 / sqrt(head_dim)
+    activation: str | None = None  # of the feed-forward, where it is not the one that goes without saying for the kind
     embedding_scale: float | None = None
     logit_scale: float | None = None
     logit_softcap: float | None = None
@@ -166,6 +169,7 @@ class DrafterSpec:
             ("indexer.head_dim", self._fits_indexer(), f"at least the {self.rope.dimensions} rotated dimensions"),
             ("shared_key.output_groups", self.head_count % parts == 0, f"a divisor of head_count {self.head_count}"),
             ("trunk.hash_layer_count", hashed <= depth, f"at most the target's depth {depth}"),
+            ("activation", self.activation in (None, *ACTIVATIONS), f"one of {', '.join(ACTIVATIONS)}"),
             ("context_theta", self.context_theta is None or self.context_theta > 0, "a theta above 0"),
             ("sliding.head_dim", self.sliding is None or self.window is not None, "none where no layer slides"),
             ("draft_vocab_size", (self.draft_vocab_size or 1) <= self.vocab_size, f"at most {self.vocab_size}"),
@@ -272,6 +276,7 @@ def _build(part: type, facts: Mapping[str, object], prefix: str) -> Any:
 
 
 __all__ = [
+    "ACTIVATIONS",
     "BEFORE_NORM",
     "CHAIN_LENGTH",
     "COMMON",

@@ -9,6 +9,7 @@ MAMBA = frozenset(
     f"state_space.{name}" for name in ("kernel_size", "state_size", "group_count", "head_count", "head_dim")
 )
 _BLOCK = frozenset({"block_size", "mask_token_id", "capture_layers"})
+_DSPARK = frozenset({"markov_rank", "confidence_head", "sample_from_anchor"})
 _LINEAR = frozenset(
     f"linear_attention.{name}"
     for name in ("kernel_size", "key_head_dim", "key_head_count", "value_head_count", "value_head_dim", "layers")
@@ -33,7 +34,8 @@ _SLIDING = frozenset(set(_WINDOW).union(
 OF_KIND: dict[str, frozenset[str]] = {
     "dflash": _BLOCK,
     "dflash2": _BLOCK | {"convolution.kernel_size", "convolution.group_size", "selector.rank", "selector.top_k"},
-    "dspark": _BLOCK | {"markov_rank", "confidence_head", "sample_from_anchor"},
+    "dspark": _BLOCK | _DSPARK,
+    "gemma4-dspark": _BLOCK.union(_DSPARK, ("embedding_scale", "attention_scale", "activation")),
     "eagle3": frozenset({"capture_layers", "norm_before_residual", "norm_before_fc"}),
     "gemma4-assistant": frozenset(
         {"window.size", "window.layers", "sliding.head_dim", "sliding.theta", "sliding.dimensions"}
@@ -79,5 +81,5 @@ POSITIVE = (
     "trunk.rope_theta", "trunk.expert_feed_forward_size", "trunk.experts.count", "trunk.experts.used",
     "trunk.experts.shared_feed_forward_size", "trunk.experts.scale",
     # a zero in these keys means "none" to llama.cpp, and would mean something else here
-    "attention_value_scale", "embedding_scale", "logit_scale", "logit_softcap", "experts.scale",
+    "attention_value_scale", "attention_scale", "embedding_scale", "logit_scale", "logit_softcap", "experts.scale",
 )  # fmt: skip

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from convert_drafter.converters.errors import BadFact
 
 MROPE_SECTIONS = 4
+ACTIVATIONS = ("gelu_pytorch_tanh", "gelu", "silu")  # llama.cpp's names; both GELUs are the one of tanh
 NO_TURN = 1.0  # the theta of what is not rotated at all
 
 

@@ -29,6 +29,7 @@ ARCHITECTURE_NOTED = "drafter.target.architecture"
 SILENTLY = {
     "rope.theta": "10000", "sliding.theta": "10000", "sliding.dimensions": "the dimensions of full layers",
     "block_size": "16", "kv_head_count": "the number of query heads",
+    "attention_scale": "1 / sqrt(head_dim)", "activation": "SiLU", "embedding_scale": "1",
     "head_dim": "embedding_length / head_count", "feed_forward_size": "0", "head_count": "0",
 }  # fmt: skip
 SILENTLY_IN = {"lucebox": {"rope.theta": "0", "block_size": "0"}, "ik_llama.cpp": {"mask_token_id": "0"}}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from make_gemma4_assistant import assistant_shapes
+from make_gemma4_dspark import dspark_shapes
 from published import (
     CONFIGS,
     SMALL_HIDDEN,
@@ -61,6 +62,8 @@ def tensors_of(name: str, config: dict[str, Any]) -> Shapes:
         return TOLD[name]
     if "backbone_hidden_size" in config:
         return assistant_shapes(config)
+    if config.get("architectures") == ["Gemma4DSparkModel"]:
+        return dspark_shapes(config)
     return eagle3_shapes(flat) if re.search("ea[gl][gl]e3", name) else published_shapes(flat)
 
 

@@ -44,7 +44,9 @@ def published(folder):
     return json.loads((folder / "config.json").read_text())
 
 def renamed(folder):
-    return published(folder).get("model_type") in ("step3p5", "mimo_v2_flash", "mimo_v2", "qwen4_exp_text")
+    config = published(folder)
+    by_type = config.get("model_type") in ("step3p5", "mimo_v2_flash", "mimo_v2", "qwen4_exp_text")
+    return by_type or "Gemma4DSparkModel" in config.get("architectures", ())
 
 ModelBase.register_hparams_loader(renamed)(published)
 TextModel.get_vocab_base_pre = lambda self, tokenizer: "qwen2"

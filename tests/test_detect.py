@@ -97,6 +97,14 @@ def test_assistants(architecture: str | None) -> None:
         assert found(names, architectures=architecture and [architecture]) is KINDS["gemma4-assistant"]
 
 
+@pytest.mark.parametrize("architecture", ["Gemma4DSparkModel", None])
+def test_dspark_of_gemma_4(architecture: str | None) -> None:
+    """Its layers have a norm that no other DSpark's have, and its Markov head no other Gemma 4."""
+    norm = "layers.0.pre_feedforward_layernorm.weight"
+    for names in ((*DSPARK, norm), (norm, *DSPARK), tuple(f"model.{name}" for name in (*DSPARK, norm))):
+        assert found(names, architectures=architecture and [architecture]) is KINDS["gemma4-dspark"]
+
+
 @pytest.mark.parametrize("architecture", ["PEagleDraftModel", "Eagle3DeepseekV2ForCausalLM", "LlamaForCausalLMEagle"])
 def test_eagle3_of_another_build_is_refused(architecture: str) -> None:
     """G-27: parallel drafting, multi-head latent attention, EAGLE-1."""

@@ -66,10 +66,12 @@ FULL = replace(
     logit_scale=0.25,
     logit_softcap=30.0,
 )
+GEMMA4 = {"embedding_scale": 8.0, "attention_scale": 1.0, "activation": "gelu_pytorch_tanh"}
 SMALLEST: dict[str, dict[str, Any]] = {  # for random widths
     "dflash": {},
     "dflash2": {"convolution": Convolution(2, 1), "selector": Selector(4, 1)},
     "dspark": {"markov_rank": 1, "confidence_head": False, "sample_from_anchor": False},
+    "gemma4-dspark": {"markov_rank": 1, "confidence_head": False, "sample_from_anchor": True} | GEMMA4,
     "eagle3": {"norm_before_residual": True, "norm_before_fc": False},
 }
 CHAIN: dict[str, Any] = {"block_size": None, "mask_token_id": None, "causal": True}  # drafts token by token
@@ -107,6 +109,13 @@ OWN: dict[str, dict[str, Any]] = {
         "draft_vocab_size": 200,
         "logit_scale": None,
         "logit_softcap": None,
+    },
+    "gemma4-dspark": {
+        "markov_rank": 32,
+        "confidence_head": True,
+        "sample_from_anchor": True,
+        "logit_scale": None,
+        **GEMMA4,
     },
     "dflash2": {"convolution": Convolution(2, 16), "selector": Selector(24, 7)},
     "eagle3": {**CHAIN, **SMALLEST["eagle3"]},
@@ -221,7 +230,7 @@ NO_KEY_OF = {
 LIMITS: dict[str, dict[str, Callable[[DrafterSpec], bool]]] = {
     "llama.cpp": {
         "target_hidden_size": lambda s: s.target_hidden_size == s.hidden_size,
-        "logit_scale": lambda s: s.kind != "dspark" or s.logit_scale is None,
+        "logit_scale": lambda s: "dspark" not in s.kind or s.logit_scale is None,
         "logit_softcap": lambda s: s.kind != "dspark" or s.logit_softcap is None,
         "selector.top_k": lambda s: s.selector is None or s.hidden_size >= 2,
     },
@@ -413,9 +422,12 @@ def test_every_cell_names_every_role_of_its_kind_or_says_it_has_none() -> None:
 
 
 def test_architecture_and_telling_tensor_tell_cells_apart() -> None:
-    names = [() if cell.telling is None else (cell.tensor_name((cell.telling, None)),) for cell in CELL_LIST]
-    found = [cell_of_names(cell.arch, told) for cell, told in zip(CELL_LIST, names, strict=True)]
+    told = [(cell.telling, 0 if cell.telling and cell.telling.per_layer else None) for cell in CELL_LIST]
+    names = [() if key[0] is None else (cell.tensor_name(key),) for cell, key in zip(CELL_LIST, told, strict=True)]
+    found = [cell_of_names(cell.arch, there) for cell, there in zip(CELL_LIST, names, strict=True)]
     assert found == CELL_LIST
+    gemma = find_cell("gemma4-dspark", "llama.cpp")
+    assert cell_of_names("dflash", ("markov_w1.weight", "blk.1.post_ffw_norm.weight")) is gemma
     assert cell_of_names("llama", ()) is None
 
 

@@ -242,7 +242,7 @@ def rewritten(file: Path, out: Path, drop: str = "", **values: Any) -> Path:
     source = read_gguf(file)
     keys = dict(source.keys)
     for name, value in values.items():
-        key = f"gemma4-assistant.{name.replace('__', '.')}"
+        key = f"{keys['general.architecture'].value}.{name.replace('__', '.')}"
         keys[key] = replace(keys[key], value=value)
         if value is None:
             del keys[key]

@@ -31,7 +31,8 @@ CELLS: dict[tuple[str, str], Cell] = {
     (cell.kind, cell.runtime): cell
     for cell in (
         *(llama_cpp.DFLASH, ik_llama_cpp.DFLASH, lucebox.DFLASH),
-        *(llama_cpp.DFLASH2, llama_cpp.DSPARK, llama_cpp.EAGLE3),
+        # DSpark's own tensors are Gemma-4 DSpark's too, which is told first
+        *(llama_cpp.DFLASH2, llama_cpp.GEMMA4_DSPARK, llama_cpp.DSPARK, llama_cpp.EAGLE3),
         llama_cpp_gemma4_assistant.GEMMA4_ASSISTANT,
         *llama_cpp_mtp.CELLS,
         *llama_cpp_mtp_hunyuan.CELLS,

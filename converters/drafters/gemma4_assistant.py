@@ -9,29 +9,29 @@ from __future__ import annotations
 from convert_drafter.converters.config import ConfigReader
 from convert_drafter.converters.drafters import dflash
 from convert_drafter.converters.drafters.captures import read_target_depth
-from convert_drafter.converters.drafters.decoder import ATTENTION, feed_forward
+from convert_drafter.converters.drafters.gemma4 import (
+    ASSUMED,
+    GELU,
+    PROPORTIONAL,
+    ROPE_FACTORS,
+    SLIDING,
+    layer_rules,
+    made,
+    read_full_rope,
+)
 from convert_drafter.converters.drafters.kind import Headers, Kind
 from convert_drafter.converters.plan import Dropped, TensorRule, plain_name
 from convert_drafter.converters.roles import Role
-from convert_drafter.converters.spec import DrafterSpec, Rope, SlidingLayers, SlidingWindow
+from convert_drafter.converters.spec import DrafterSpec, SlidingLayers, SlidingWindow
 from convert_drafter.converters.target import Target
 
-FULL, SLIDING = "rope_parameters.full_attention", "rope_parameters.sliding_attention"
-PROPORTIONAL = "proportional"
-ROPE_FACTORS = "rope_factors"  # our name of what the proportion comes to
-STAYS = 1e30  # what the frequency of a pair that does not turn is divided by (generate_extra_tensors)
 OWN_CACHE = "an assistant keeps no keys and values of its own"
-NO_GRAPH = "llama.cpp has no graph for it in an assistant"
-# What llama.cpp's graph computes; a config that says otherwise is another model. (path, expected, why)
-ASSUMED: tuple[tuple[str, object, str], ...] = (
-    ("hidden_activation", "gelu_pytorch_tanh", "llama.cpp always takes GELU in its tanh form"),
-    ("attention_bias", False, "llama.cpp's assistant has no biases"),
-    ("enable_moe_block", False, f"a mixture of experts: {NO_GRAPH}"),
-    ("hidden_size_per_layer_input", 0, f"an input of each layer's own: {NO_GRAPH}"),
-    ("vocab_size_per_layer_input", 0, f"an input of each layer's own: {NO_GRAPH}"),
+# What llama.cpp's graph computes beside that; a config that says otherwise is another model. (path, expected, why)
+OWN_ASSUMED: tuple[tuple[str, object, str], ...] = (
+    ("hidden_activation", GELU, "llama.cpp always takes GELU in its tanh form"),
+    ("vocab_size_per_layer_input", 0, "an input of each layer's own: llama.cpp has no graph for it in a drafter"),
     ("use_double_wide_mlp", False, "transformers refuses it of an assistant"),
     ("tie_word_embeddings", True, "llama.cpp takes the embedding for the head"),
-    (f"{FULL}.factor", 1, "llama.cpp does not divide frequencies of this kind"),
     (f"{SLIDING}.rope_type", "default", "llama.cpp does not stretch the positions of sliding layers"),
     (f"{SLIDING}.partial_rotary_factor", 1, "sliding layers turn whole heads"),
 )  # fmt: skip
@@ -49,7 +49,7 @@ IGNORED = (
 def read_spec(reader: ConfigReader, headers: Headers, target: Target | None) -> DrafterSpec:
     """Every fact of an assistant. Raises `WrongInput` naming the key that is missing or wrong."""
     reader.enter("text_config")
-    for path, expected, why in ASSUMED:
+    for path, expected, why in (*ASSUMED, *OWN_ASSUMED):
         reader.expect(path, expected, why)
     layer_count = dflash.read_layer_count(reader, {plain_name(name): header for name, header in headers.items()})
     check_cache(reader, layer_count)
@@ -70,7 +70,7 @@ def read_spec(reader: ConfigReader, headers: Headers, target: Target | None) -> 
         context_length=reader.get("context_length", int, "max_position_embeddings"),
         vocab_size=reader.get("vocab_size", int, "vocab_size"),
         norm_epsilon=reader.get("norm_epsilon", float, "rms_norm_eps"),
-        rope=read_rope(reader, full),
+        rope=read_full_rope(reader, full, (PROPORTIONAL,)),
         target_layer_count=read_target_depth(reader, target),
         target_hidden_size=width,
         causal=True,
@@ -140,18 +140,6 @@ def read_kv_heads(reader: ConfigReader, window: SlidingWindow) -> tuple[int, tup
     return full, tuple(all_layers if slides else full for slides in window.layers)
 
 
-def read_rope(reader: ConfigReader, head_dim: int) -> Rope:
-    """Of full layers, in which the first pairs of a head turn and the others stay."""
-    kind = reader.get("rope type", str, f"{FULL}.rope_type")
-    if kind != PROPORTIONAL:
-        expected = f"{PROPORTIONAL!r}: llama.cpp's converter takes no other"
-        raise reader.error(reader.origins["rope type"], f"found {kind!r}", expected)
-    theta = reader.get("rope.theta", float, f"{FULL}.rope_theta")
-    proportion = reader.get("rope.proportion", float, f"{FULL}.partial_rotary_factor")
-    reader.origins["rope.dimensions"] = reader.origins["head_dim"]
-    return Rope(theta, head_dim, proportion=proportion)
-
-
 def read_backbone(reader: ConfigReader, target: Target | None) -> int:
     width = reader.get("target_hidden_size", int, "backbone_hidden_size")
     if target is not None and target.hidden_size != width:
@@ -162,22 +150,13 @@ def read_backbone(reader: ConfigReader, target: Target | None) -> int:
 
 def rules(reader: ConfigReader) -> tuple[TensorRule, ...]:
     """Every tensor an assistant has; there are no keys and values."""
-    layer = "layers.{i}."
     return (
         TensorRule("pre_projection.weight", Role.NEXTN_PRE_PROJ, ("hidden", "target's embedding and state")),
         TensorRule("post_projection.weight", Role.NEXTN_POST_PROJ, ("target_hidden", "hidden")),
         TensorRule("embed_tokens.weight", Role.TOKEN_EMBEDDING, ("vocab", "hidden")),
         TensorRule("norm.weight", Role.OUTPUT_NORM, ("hidden",)),
         TensorRule(ROPE_FACTORS, Role.ROPE_FACTORS, ("rotated_pairs",)),
-        TensorRule(f"{layer}input_layernorm.weight", Role.ATTN_NORM, ("hidden",)),
-        TensorRule(f"{ATTENTION}q_proj.weight", Role.ATTN_Q, ("queries", "hidden")),
-        TensorRule(f"{ATTENTION}q_norm.weight", Role.ATTN_Q_NORM, ("head_dim",)),
-        TensorRule(f"{ATTENTION}o_proj.weight", Role.ATTN_OUTPUT, ("hidden", "queries")),
-        TensorRule(f"{layer}post_attention_layernorm.weight", Role.ATTN_POST_NORM, ("hidden",)),
-        TensorRule(f"{layer}pre_feedforward_layernorm.weight", Role.FFN_NORM, ("hidden",)),
-        *feed_forward(),
-        TensorRule(f"{layer}post_feedforward_layernorm.weight", Role.FFN_POST_NORM, ("hidden",)),
-        TensorRule(f"{layer}layer_scalar", Role.LAYER_SCALE, ("one",)),
+        *layer_rules(),
     )
 
 
@@ -187,14 +166,6 @@ def dropped(reader: ConfigReader) -> tuple[Dropped, ...]:
         Dropped("masked_embedding.centroids.weight", why),
         Dropped("masked_embedding.token_ordering", why),
     )
-
-
-def made(spec: DrafterSpec) -> dict[str, tuple[float, ...]]:
-    """What each pair's frequency is divided by in full layers: the first turn as in a whole head, the others stay."""
-    if spec.rope.proportion is None:
-        return {}
-    pairs, turning = spec.head_dim // 2, int(spec.head_dim * spec.rope.proportion / 2)
-    return {ROPE_FACTORS: (1.0,) * turning + (STAYS,) * (pairs - turning)}
 
 
 GEMMA4_ASSISTANT = Kind(

@@ -12,7 +12,7 @@ OTHER_KINDS = {
 }
 # By the class in the config, on tensors of a kind that is converted.
 OTHER_BUILDS = {
-    "Gemma4DSparkModel": "its layers are Gemma-4's, and it caps logits before its Markov head: llama.cpp does not",
+    "Gemma4DSparkModel": "its layers are Gemma-4's, which have four norms, and a Markov head belongs to it",
     "LagunaDSparkModel": "its attention is gated and its context normed by each layer",
     "Qwen35DSparkModel": "its queries are gated and its norms centred on zero",
     "KimiK3DSpark5MLADraftModel": "its attention is multi-head latent",

@@ -70,7 +70,8 @@ def fact(view: View, name: str, value: Any, why: str = "") -> Iterator[Explanati
 BEHAVIOUR = (
     "rope.theta", "sliding.theta", "sliding.dimensions", "capture_layers", "window", "mask_token_id", "block_size",
     "causal", "rope.dimensions", "rope.scaling", "norm_epsilon", "context_theta", "attention_value_scale",
-    "embedding_scale", "logit_scale", "logit_softcap", "norm_before_residual", "sample_from_anchor", "selector.top_k",
+    "attention_scale", "activation", "embedding_scale", "logit_scale", "logit_softcap", "norm_before_residual",
+    "sample_from_anchor", "selector.top_k",
 )  # fmt: skip
 
 
@@ -193,6 +194,8 @@ def single_facts(view: View, hints: Hints) -> Iterator[Explanation]:
     for scale in () if in_chains(view) else (None, math.sqrt(spec.hidden_size)):  # no runtime scales a chain's
         yield from fact(view, "embedding_scale", scale)
     yield from fact(view, "attention_value_scale", None)
+    if spec.attention_scale is not None:
+        yield from fact(view, "attention_scale", 1.0)
     yield from fact(view, "context_theta", None)
     for epsilon in EPSILONS:
         yield from fact(view, "norm_epsilon", epsilon)

@@ -21,6 +21,7 @@ from convert_drafter.converters.spec import BEFORE_NORM, HEADS, DrafterSpec
 from convert_drafter.converters.target import Target
 from convert_drafter.converters.verify.in_torch.reference.dflash import DFlash
 from convert_drafter.converters.verify.in_torch.reference.eagle3 import Eagle3
+from convert_drafter.converters.verify.in_torch.reference.gemma4 import gemma4_dspark
 from convert_drafter.converters.verify.in_torch.reference.gemma4_assistant import Gemma4Assistant
 from convert_drafter.converters.verify.in_torch.reference.mtp import Mtp
 from convert_drafter.converters.verify.in_torch.reference.mtp_chain import MtpChain
@@ -82,6 +83,7 @@ OF_HEADS: Mapping[str, type[Mtp]] = {
 }
 REFERENCES: Mapping[str, Callable[[DrafterSpec, Collection[Role]], nn.Module]] = {
     **dict.fromkeys(("dflash", "dflash2", "dspark"), DFlash),
+    "gemma4-dspark": gemma4_dspark,
     "eagle3": Eagle3,
     "gemma4-assistant": Gemma4Assistant,
     **OF_HEADS,

@@ -12,6 +12,7 @@ file as it is.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,14 +39,17 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, spec: DrafterSpec, layer: int, roles: Collection[Role]) -> None:
+    """Over the context and the block. Without values of its own they are the keys, normed and not turned (Gemma 4)."""
+
+    def __init__(self, spec: DrafterSpec, layer: int, roles: Collection[Role], own_values: bool = True) -> None:
         super().__init__()
         self.spec = spec
         self.window = spec.window.size if spec.window and spec.window.layers[layer] else None
         hidden, d = spec.hidden_size, spec.head_dim
         self.q_proj = nn.Linear(hidden, spec.head_count * d, bias=Role.ATTN_Q_BIAS in roles)
         self.k_proj = nn.Linear(hidden, spec.kv_head_count * d, bias=Role.ATTN_K_BIAS in roles)
-        self.v_proj = nn.Linear(hidden, spec.kv_head_count * d, bias=Role.ATTN_V_BIAS in roles)
+        values = spec.kv_head_count * d
+        self.v_proj = nn.Linear(hidden, values, bias=Role.ATTN_V_BIAS in roles) if own_values else None
         self.o_proj = nn.Linear(spec.head_count * d, hidden, bias=Role.ATTN_OUTPUT_BIAS in roles)
         self.q_norm = RMSNorm(d, spec.norm_epsilon)
         self.k_norm = RMSNorm(d, spec.norm_epsilon)
@@ -55,34 +59,46 @@ class Attention(nn.Module):
         """(..., S, heads * d) -> (..., heads, S, d)"""
         return x.unflatten(-1, (-1, self.spec.head_dim)).transpose(-2, -3)
 
-    def rope(self, x: Tensor, positions: Tensor, theta: float) -> Tensor:
-        return rotate(x, positions, self.spec.rope, theta, self.spec.context_length)
+    def rope(self, x: Tensor, positions: Tensor, theta: float, factors: Tensor | None) -> Tensor:
+        return rotate(x, positions, self.spec.rope, theta, self.spec.context_length, factors)
 
-    def keys_values(self, x: Tensor, at: Tensor, theta: float) -> tuple[Tensor, Tensor]:
+    def keys_values(self, x: Tensor, at: Tensor, theta: float, factors: Tensor | None) -> tuple[Tensor, Tensor]:
         """(..., S, H) -> keys and values (..., m, S, d); context features and block states share k_proj and v_proj."""
-        return self.rope(self.k_norm(self.heads(self.k_proj(x))), at, theta), self.heads(self.v_proj(x))
+        keys = self.heads(self.k_proj(x))
+        if self.v_proj is None:
+            values = F.rms_norm(keys, keys.shape[-1:], eps=self.spec.norm_epsilon)
+        else:
+            values = self.heads(self.v_proj(x))
+        return self.rope(self.k_norm(keys), at, theta, factors), values
 
-    def inject(self, features: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    def inject(self, features: Tensor, at: Tensor, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Context keys may have a base of their own (MiMo); features do not pass input_layernorm."""
-        return self.keys_values(features, at, self.spec.context_theta or self.spec.rope.theta)
+        return self.keys_values(features, at, self.spec.context_theta or self.spec.rope.theta, factors)
 
     def forward(
-        self, x: Tensor, at: Tensor, context: tuple[Tensor, Tensor], context_at: Tensor, visible: Tensor
+        self,
+        x: Tensor,
+        at: Tensor,
+        context: tuple[Tensor, Tensor],
+        context_at: Tensor,
+        visible: Tensor,
+        factors: Tensor | None = None,
     ) -> Tensor:
         theta = self.spec.rope.theta
-        q = self.rope(self.q_norm(self.heads(self.q_proj(x))), at, theta)  # (..., n, Q, d)
-        block_k, block_v = self.keys_values(x, at, theta)
+        q = self.rope(self.q_norm(self.heads(self.q_proj(x))), at, theta, factors)  # (..., n, Q, d)
+        block_k, block_v = self.keys_values(x, at, theta, factors)
         k = torch.cat([context[0], block_k], dim=-2)  # (..., m, T + Q, d)
         v = torch.cat([context[1], block_v], dim=-2)
         if self.window is not None:
             visible = visible & (at[:, None] - torch.cat([context_at, at])[None, :] < self.window)
         if self.sinks is None:
-            o = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)
+            scale = self.spec.attention_scale
+            o = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True, scale=scale)
         else:
             o = attend_with_sinks(q, k, v, visible, self.sinks)
         o = self.o_proj(o.transpose(-2, -3).flatten(-2))  # (..., Q, H)
-        scale = self.spec.attention_value_scale
-        return o if scale is None else o * scale
+        value_scale = self.spec.attention_value_scale
+        return o if value_scale is None else o * value_scale
 
 
 def attend_with_sinks(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, sinks: Tensor) -> Tensor:
@@ -115,11 +131,11 @@ class Layer(nn.Module):
         self.attention_conv = None if conv is None else Convolution(conv, spec.hidden_size)
         self.mlp_conv = None if conv is None else Convolution(conv, spec.hidden_size)
 
-    def forward(
-        self, x: Tensor, at: Tensor, context: tuple[Tensor, Tensor], context_at: Tensor, visible: Tensor
-    ) -> Tensor:
+    def forward(self, x: Tensor, *seen: Any) -> Tensor:
+        """`seen` is what attention takes beside the states."""
+
         def attend(normed: Tensor) -> Tensor:
-            out: Tensor = self.self_attn(normed, at, context, context_at, visible)
+            out: Tensor = self.self_attn(normed, *seen)
             return out
 
         x = x + filtered(self.attention_conv, self.input_layernorm(x), attend)
@@ -136,23 +152,30 @@ def filtered(conv: Convolution | None, normed: Tensor, sublayer: Callable[[Tenso
 
 
 class DFlash(nn.Module):
-    """A DFlash drafter. `roles` are the tensors it has beside those every DFlash drafter has.
+    """A DFlash drafter. `roles` are the tensors it has beside those every DFlash drafter has; `layer` makes a layer.
 
     Embedding and head are the target's, unless they are among `roles`.
     """
 
-    def __init__(self, spec: DrafterSpec, roles: Collection[Role] = ()) -> None:
+    def __init__(
+        self,
+        spec: DrafterSpec,
+        roles: Collection[Role] = (),
+        layer: Callable[[DrafterSpec, int, Collection[Role]], nn.Module] = Layer,
+    ) -> None:
         super().__init__()
         self.spec = spec
         width, hidden = len(spec.capture_layers) * spec.target_hidden_size, spec.hidden_size
         self.fc = nn.Linear(width, hidden, bias=False)
         self.hidden_norm = RMSNorm(hidden, spec.norm_epsilon)
-        self.layers = nn.ModuleList(Layer(spec, i, roles) for i in range(spec.layer_count))
+        self.layers = nn.ModuleList(layer(spec, i, roles) for i in range(spec.layer_count))
         self.norm = RMSNorm(hidden, spec.norm_epsilon)
         self.embed_tokens = nn.Embedding(spec.vocab_size, hidden) if Role.TOKEN_EMBEDDING in roles else None
         rows = spec.draft_vocab_size or spec.vocab_size
         self.lm_head = nn.Linear(hidden, rows, bias=False) if Role.OUTPUT in roles else None
         self.d2t = nn.Parameter(torch.zeros(rows)) if Role.DRAFT_TO_TARGET in roles else None
+        pairs = spec.rope.dimensions // 2
+        self.rope_factors = nn.Parameter(torch.ones(pairs)) if Role.ROPE_FACTORS in roles else None
         selector = spec.selector
         self.candidate_selector = None if selector is None else CandidateSelector(selector, hidden, spec.vocab_size)
         rank = spec.markov_rank
@@ -168,7 +191,7 @@ class DFlash(nn.Module):
 
     def inject(self, features: Tensor, at: Tensor) -> Context:
         """Fused features (..., T, H) at the positions `at` (T,) -> every layer's context keys and values."""
-        return [layer.self_attn.inject(features, at) for layer in self.layers]
+        return [layer.self_attn.inject(features, at, self.rope_factors) for layer in self.layers]
 
     def forward(self, x: Tensor, at: Tensor, context: Context, context_at: Tensor, visible: Tensor) -> Tensor:
         """Denoise block embeddings to final hidden states: x (..., Q, H) -> (..., Q, H).
@@ -178,7 +201,7 @@ class DFlash(nn.Module):
         if self.spec.embedding_scale is not None:
             x = x * self.spec.embedding_scale
         for layer, injected in zip(self.layers, context, strict=True):
-            x = layer(x, at, injected, context_at, visible)
+            x = layer(x, at, injected, context_at, visible, self.rope_factors)
         out: Tensor = self.norm(x)
         return out
 

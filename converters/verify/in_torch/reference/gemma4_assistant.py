@@ -28,6 +28,7 @@ from convert_drafter.converters.roles import Role
 from convert_drafter.converters.spec import DrafterSpec
 from convert_drafter.converters.verify.in_torch.reference.dflash import RMSNorm
 from convert_drafter.converters.verify.in_torch.reference.drafter import Drafted, Tables, followed, over_head
+from convert_drafter.converters.verify.in_torch.reference.gemma4 import Layer
 from convert_drafter.converters.verify.in_torch.reference.rope import rotate
 
 KeysValues = tuple[Tensor, Tensor]  # keys, turned by their positions, and values, both (m, T, d)
@@ -61,39 +62,6 @@ class Attention(nn.Module):
         return out
 
 
-class FeedForward(nn.Module):
-    def __init__(self, spec: DrafterSpec) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(spec.hidden_size, spec.feed_forward_size, bias=False)
-        self.up_proj = nn.Linear(spec.hidden_size, spec.feed_forward_size, bias=False)
-        self.down_proj = nn.Linear(spec.feed_forward_size, spec.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
-        return out
-
-
-class Layer(nn.Module):
-    """Norms before and after both halves, and one number that multiplies what comes out."""
-
-    def __init__(self, spec: DrafterSpec, layer: int) -> None:
-        super().__init__()
-        size, epsilon = spec.hidden_size, spec.norm_epsilon
-        self.slides = spec.window is not None and spec.window.layers[layer]
-        self.input_layernorm = RMSNorm(size, epsilon)
-        self.self_attn = Attention(spec.of_layer(layer))
-        self.post_attention_layernorm = RMSNorm(size, epsilon)
-        self.pre_feedforward_layernorm = RMSNorm(size, epsilon)
-        self.mlp = FeedForward(spec)
-        self.post_feedforward_layernorm = RMSNorm(size, epsilon)
-        self.layer_scalar = nn.Parameter(torch.ones(1))
-
-    def forward(self, x: Tensor, at: Tensor, theirs: KeysValues, factors: Tensor | None) -> Tensor:
-        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), at, theirs, factors))
-        x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
-        return x * self.layer_scalar
-
-
 class Gemma4Assistant(nn.Module):
     """The assistant as a drafter. Its own embedding serves as its head alone: tokens come in the target's."""
 
@@ -106,7 +74,7 @@ class Gemma4Assistant(nn.Module):
         self.pre_projection = nn.Linear(2 * width, spec.hidden_size, bias=False)
         self.post_projection = nn.Linear(spec.hidden_size, width, bias=False)
         self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
-        self.layers = nn.ModuleList([Layer(spec, i) for i in range(spec.layer_count)])
+        self.layers = nn.ModuleList([Layer(spec, Attention(spec.of_layer(i))) for i in range(spec.layer_count)])
         self.norm = RMSNorm(spec.hidden_size, spec.norm_epsilon)
         self.rope_factors = nn.Parameter(torch.ones(spec.rope.dimensions // 2))  # of full layers
 
@@ -118,8 +86,8 @@ class Gemma4Assistant(nn.Module):
         near = slice(max(0, length - self.spec.window.size + 1), length)
         keys, values = context.sliding
         x: Tensor = self.pre_projection(torch.cat([embedded * self.spec.target_hidden_size**0.5, state], dim=-1))
-        for layer in self.layers:
-            if layer.slides:
+        for layer, slides in zip(self.layers, self.spec.window.layers, strict=True):
+            if slides:
                 x = layer(x, at, (keys[:, near], values[:, near]), None)
             else:
                 x = layer(x, at, context.full, self.rope_factors)
