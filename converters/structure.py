@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from convert_drafter.converters.dialects import CELLS, Cell, objections
+from convert_drafter.converters.dialects import Cell, objections
 from convert_drafter.converters.dialects.cell import read_all
 from convert_drafter.converters.drafter_file import TOGETHER, derived_facts, names_of, place_tensors, rows_of
 from convert_drafter.converters.errors import BadFact, WrongInput
@@ -45,6 +45,7 @@ HARMLESS: Facts = {
     "context_length": 1, "norm_epsilon": 1e-6, "rope.theta": 1e4, "rope.dimensions": 2, "block_size": 2,
     "mask_token_id": 0, "causal": False,
 }  # fmt: skip
+LISTED = "`convert-drafter list dialects` has what is"
 PARTS = {"rope": "rope.dimensions", "window": "window.layers"}  # the spec's name for a contradiction -> the fact meant
 
 
@@ -76,7 +77,7 @@ class Survey:
 def survey(file: GGUFFile, cell: Cell, target: Target | None = None) -> Survey:
     """Read facts and tensors, with every fault of them. `WrongInput` where they are another kind's of drafter."""
     if other := next((kind for name, kind in OTHER_KINDS.items() if name in file.tensors), None):
-        raise WrongInput(f"{file.path}: the tensors are those of {other}, which is not checked yet; {_supported()}")
+        raise WrongInput(f"{file.path}: the tensors are those of {other}, which is not checked yet; {LISTED}")
     facts, wrong = read_all(cell, file.keys)
     findings = [Finding(text) for text in wrong]
     facts |= {"kind": cell.kind}
@@ -98,10 +99,6 @@ def survey(file: GGUFFile, cell: Cell, target: Target | None = None) -> Survey:
         findings += map(Finding, _promised(file, cell, facts, tensors))
     findings += _types(file, cell, tensors)
     return Survey(file, cell, facts, spec, tensors, tuple(findings))
-
-
-def _supported() -> str:
-    return f"supported: {', '.join(dict.fromkeys(cell.kind for cell in CELLS.values()))}"
 
 
 def key_of(file: GGUFFile, cell: Cell, field: str) -> str:

@@ -135,7 +135,7 @@ def test_other_kinds_are_refused_by_name(tensors: tuple[str, ...], architectures
     for names in (tensors, tuple(reversed(tensors))):
         with pytest.raises(WrongInput) as caught:
             found(names, architectures=architectures)
-        for fragment in (WHERE, kind, "not converted yet", "dflash"):
+        for fragment in (WHERE, kind, "not converted yet", "list kinds"):
             assert fragment in str(caught.value)
 
 
@@ -161,7 +161,7 @@ def test_every_label_has_to_fit() -> None:
 def test_what_is_no_drafter(tensors: tuple[str, ...]) -> None:
     with pytest.raises(WrongInput) as caught:
         found(tensors, architectures=["Qwen3ForCausalLM"])
-    for fragment in (WHERE, "no drafter's tensors", "Qwen3ForCausalLM", *KINDS):
+    for fragment in (WHERE, "no drafter's tensors", "Qwen3ForCausalLM", "list kinds"):
         assert fragment in str(caught.value)
 
 
@@ -193,7 +193,7 @@ def test_architectures_are_strings() -> None:
 def test_heads_of_other_targets_are_refused_by_name(tensors: tuple[str, ...], architecture: str, why: str) -> None:
     with pytest.raises(WrongInput) as caught:
         found(tensors, architectures=[architecture])
-    for fragment in (WHERE, f"the MTP head of {architecture}, {why}", "expected one of Qwen3_5ForConditional"):
+    for fragment in (WHERE, f"the MTP head of {architecture}, {why}", "list kinds"):
         assert fragment in str(caught.value)
 
 

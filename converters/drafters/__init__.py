@@ -56,6 +56,7 @@ KINDS: dict[str, Kind] = {
 
 
 MTP = "MTP"  # a family of targets has a kind of its own
+LISTED = "one of the kinds in `convert-drafter list kinds`"
 
 
 @dataclass(frozen=True)
@@ -97,20 +98,18 @@ def detect(reader: ConfigReader, headers: Headers) -> Kind:
     """The kind of a checkpoint. Raises `WrongInput` naming what it is, when it is something we do not convert."""
     architectures = reader.find_list("architectures", str, "architectures") or ()
     found = signature_of(headers)
-    supported = ", ".join(KINDS)
     if found is None:
         mtp.refuse_without_head(reader, len(headers))
         named = ", ".join(architectures) or "none"
         raise WrongInput(
-            f"{reader.where}: no drafter's tensors in this checkpoint (architectures: {named});"
-            f" expected one of: {supported}"
+            f"{reader.where}: no drafter's tensors in this checkpoint (architectures: {named}); expected {LISTED}"
         )
     if found == MTP:
         reader.origins["kind"] = "tensor names and architectures"
         return mtp.find_family(reader, architectures, HEADS)
     if found not in KINDS:
         why = f"which is not converted yet: {OTHER_KINDS[found]}"
-        raise WrongInput(f"{reader.where}: the tensors are those of {found}, {why}; supported: {supported}")
+        raise WrongInput(f"{reader.where}: the tensors are those of {found}, {why}; expected {LISTED}")
     kind = KINDS[found]
     strange = [name for name in architectures if name not in kind.architectures]
     if strange:

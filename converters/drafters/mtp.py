@@ -102,7 +102,8 @@ def find_family(reader: ConfigReader, architectures: Iterable[str], families: It
             return known[name]
     found = ", ".join(named) or family or "no architecture"
     why = next((REFUSED[name] for name in (*named, family) if name in REFUSED), NOT_YET)
-    raise reader.error("architectures", f"the MTP head of {found}, {why}", f"one of {', '.join(known)}")
+    expected = "a target whose head `convert-drafter list kinds` has"
+    raise reader.error("architectures", f"the MTP head of {found}, {why}", expected)
 
 
 def refuse_without_head(reader: ConfigReader, others: int) -> None:
