@@ -35,6 +35,7 @@ from conversion.base import ModelBase, TextModel
 from conversion.command_r import Cohere2MoeModel
 from conversion.deepseek import DeepseekV32Model
 from conversion.gemma import Gemma4Model
+from gguf.tensor_mapping import TensorNameMap
 import convert_hf_to_gguf as converter
 
 def no_sentencepiece(self, add_to_gguf=True):
@@ -64,7 +65,9 @@ def as_published(folder, is_mistral_format):
 
 ModelBase.load_hparams = staticmethod(as_published)
 Gemma4Model.set_vocab = TextModel._set_vocab_gpt2
+of_all = dict(TensorNameMap.block_mappings_cfg)
 for job in jobs:
+    TensorNameMap.block_mappings_cfg = dict(of_all)
     sys.argv = ["convert_hf_to_gguf.py", *job]
     print(*sys.argv, file=sys.stderr, flush=True)
     converter.main()
