@@ -176,8 +176,8 @@ GEMMA4_DSPARK = replace(
     notes=(
         *DSPARK.notes,
         Note(
-            "it was trained with capped logits, and llama.cpp adds the Markov head's bias to logits that are not: of a"
-            " tiny trained one 6 of 100 drafts were others, and as many were right",
+            "it was trained with capped logits, and llama.cpp adds the Markov head's bias to logits that are not: of"
+            " two tiny trained ones 9 and 20 of 100 drafts are others, and acceptance is 1 and 4 % lower",
             lambda spec: spec.logit_softcap is not None,
         ),
     ),
