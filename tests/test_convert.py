@@ -88,7 +88,7 @@ def source(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_file_holds_the_checkpoint(source: Path, target: Path, tmp_path: Path, recipe: str, runtime: str) -> None:
-    """Every tensor under its name and in its type, every fact behind its key, for each recipe and runtime."""
+    """T-14: every tensor under its name and in its type, every fact behind its key, for each recipe and runtime."""
     conversion = prepare(job(source, tmp_path / "out.gguf", target, runtime=runtime, recipe=recipe))
     report = convert(conversion.job)
     file = read_gguf(report.out)
