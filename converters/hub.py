@@ -61,7 +61,8 @@ def fetch(place: Path, part: Part, select: Select = everything) -> Path:
     with hub_errors(repository):
         found = contents(repository)
         if means_gguf(found) and part is not Part.DRAFTER:
-            return header_of(choose(found)) if part is Part.CONFIG else whole_of(choose(found))
+            chosen = choose(found)
+            return header_of(chosen) if part is Part.CONFIG else whole_of(chosen, in_parts=True)
         if repository.gguf:
             raise WrongInput(f"{repository}: a GGUF, which is converted already; expected a checkpoint: ORG/NAME alone")
         if repository.within(CONFIG) not in found.files:

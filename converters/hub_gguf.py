@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from convert_drafter.converters.errors import WrongInput
-from convert_drafter.converters.gguf_model import PART
+from convert_drafter.converters.gguf_model import PART, parts_of
 from convert_drafter.converters.gguf_read import GGUFFile, walk_metadata
 from convert_drafter.converters.holes import FileWithHoles, Start, has_holes
 from convert_drafter.converters.repository import (
@@ -172,17 +172,22 @@ def _fitting(files: Sequence[str], wanted: str, repository: Repository) -> list[
 # --- its bytes ---
 
 
-def whole_of(remote: RemoteGGUF) -> Path:
-    """In huggingface_hub's cache: <cache>/models--org--name/snapshots/<commit>/<file>."""
-    from huggingface_hub import hf_hub_download
-
-    if remote.count > 1:
+def whole_of(remote: RemoteGGUF, in_parts: bool = False) -> Path:
+    """In huggingface_hub's cache: <cache>/models--org--name/snapshots/<commit>/<file>; of several parts the first."""
+    if remote.count > 1 and not in_parts:
         stem = PART.fullmatch(remote.file)
         pattern = f"{stem['stem']}-*.gguf" if stem else remote.file
         said = f"`hf download {remote.pinned.id} --include '{pattern}'`, then `llama-gguf-split --merge`"
         raise WrongInput(f"{remote}: a model in {remote.count} parts, expected one file: {said}")
     quiet()
-    return Path(hf_hub_download(remote.pinned.id, remote.file, revision=remote.pinned.revision, library_name=LIBRARY))
+    first, *_ = (_download(remote.pinned, path.as_posix()) for path in parts_of(Path(remote.file)))
+    return first
+
+
+def _download(pinned: Repository, file: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(pinned.id, file, revision=pinned.revision, library_name=LIBRARY))
 
 
 def header_of(remote: RemoteGGUF) -> Path:

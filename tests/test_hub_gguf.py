@@ -461,6 +461,10 @@ def test_a_target_in_parts_tells_all_by_its_first(gguf_hub: FakeHub, ggufs: dict
         f"drafter.target.{key}" for key in ("name", "repository", "revision", "path")
     }
     assert not gguf_hub.sent["big-F32-00002-of-00002.gguf"]
+    served = fetch(Path("org/parts:F32"), Part.SERVED)  # llama-server finds the others beside the first
+    for part in (tmp_path / "parts").iterdir():
+        assert served.with_name(part.name).read_bytes() == part.read_bytes()
+    assert served.name == "big-F32-00001-of-00002.gguf" and not has_holes(served)
 
 
 def test_jobs_name_ggufs(
