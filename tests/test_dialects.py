@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from cell_keys import keys_of, shown, tensor_names
 from gguf import GGUFValueType
 from hypothesis import find, given
 from hypothesis import strategies as st
@@ -16,10 +17,9 @@ from published import FIXTURES
 
 from convert_drafter.converters.config import ConfigReader
 from convert_drafter.converters.dialects import CELLS, Cell, cell_of_names, doubts, find_cell, objections, read, write
-from convert_drafter.converters.drafters import KINDS, rules_of
+from convert_drafter.converters.drafters import KINDS
 from convert_drafter.converters.errors import WrongInput, WrongUsage
 from convert_drafter.converters.gguf_file import KeyValue
-from convert_drafter.converters.roles import Role
 from convert_drafter.converters.spec import (
     HEADS,
     Convolution,
@@ -122,10 +122,6 @@ OWN: dict[str, dict[str, Any]] = {
 }
 
 
-def keys_of(cell: Cell, spec: DrafterSpec) -> dict[str, KeyValue]:
-    return {kv.key: kv for kv in write(cell, spec)}
-
-
 @by_runtime
 def test_golden_keys(cell: Cell) -> None:
     """Every key, GGUF type and value of the richest spec a cell carries, and every tensor name, as on record.
@@ -142,18 +138,6 @@ def richest(cell: Cell) -> DrafterSpec:
 
 def of_kind(spec: DrafterSpec, cell: Cell) -> DrafterSpec:
     return replace(spec, kind=cell.kind, **OWN[cell.kind])
-
-
-def shown(keys: tuple[KeyValue, ...]) -> dict[str, Any]:
-    return {
-        kv.key: [kv.type.name if kv.element is None else f"[{kv.element.name}]", json.loads(json.dumps(kv.value))]
-        for kv in keys
-    }
-
-
-def tensor_names(cell: Cell) -> dict[str, str | None]:
-    roles = dict.fromkeys(rule.role for rule in rules_of(cell.kind))
-    return {role.name: cell.tensor_name((role, 2 if role.per_layer else None)) for role in Role if role in roles}
 
 
 @by_runtime

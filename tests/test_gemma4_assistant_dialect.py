@@ -6,11 +6,11 @@ import json
 from dataclasses import replace
 
 import pytest
+from cell_keys import keys_of, shown, tensor_names
 from gguf import GGUFValueType
 from hypothesis import given
 from hypothesis import strategies as st
 from published import FIXTURES
-from test_dialects import keys_of, shown, tensor_names
 
 from convert_drafter.converters.dialects import doubts, find_cell, objections, read, write
 from convert_drafter.converters.errors import BadFact, WrongInput

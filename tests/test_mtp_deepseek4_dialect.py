@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from cell_keys import assert_comes_back, keys_of, shown, tensor_names
 from hypothesis import given
 from hypothesis import strategies as st
 from published import FIXTURES
-from test_dialects import keys_of, shown, tensor_names
 from test_mtp_layers_dialect import BASE
 
 from convert_drafter.converters.dialects import CELLS, objections, read, write
@@ -88,11 +88,7 @@ def specs(draw: st.DrawFn) -> DrafterSpec:
 
 @given(spec=specs())
 def test_what_is_written_comes_back(spec: DrafterSpec) -> None:
-    """Also without our own keys: llama.cpp's converter notes neither the target's depth nor its width."""
-    assert objections(CELL, spec) == []
-    assert spec_from({"kind": CELL.kind, **read(CELL, keys_of(CELL, spec))}) == spec
-    own = {name: entry for name, entry in keys_of(CELL, spec).items() if not name.startswith("drafter.")}
-    assert spec_from({"kind": CELL.kind, **read(CELL, own)}) == spec
+    assert_comes_back(CELL, spec)
 
 
 @pytest.mark.parametrize(

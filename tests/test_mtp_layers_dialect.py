@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from cell_keys import assert_comes_back, keys_of, shown, tensor_names
 from hypothesis import given
 from hypothesis import strategies as st
 from published import FIXTURES
-from test_dialects import keys_of, shown, tensor_names
 
 from convert_drafter.converters.dialects import CELLS, objections, read, write
 from convert_drafter.converters.errors import WrongInput
@@ -110,15 +110,7 @@ def test_what_is_written_comes_back(kind: str, change: dict[str, Any]) -> None:
     if "experts.groups" in facts:  # a divisor of the experts that holds the used ones
         change = {**change, "experts.groups": 1, "experts.groups_used": 1}
     spec = spec_from({**facts, **{name: value for name, value in change.items() if name in facts}})
-    assert objections(cell_of(kind), spec) == []
-    assert spec_from({"kind": kind, **read(cell_of(kind), keys_of(cell_of(kind), spec))}) == spec
-
-
-@by_kind
-def test_keys_of_llama_cpp_alone_tell_all_facts(kind: str) -> None:
-    """Its own converter notes neither the target's depth nor its width."""
-    keys = {name: e for name, e in keys_of(cell_of(kind), SPECS[kind]).items() if not name.startswith("drafter.")}
-    assert spec_from({"kind": kind, **read(cell_of(kind), keys)}) == SPECS[kind]
+    assert_comes_back(cell_of(kind), spec)
 
 
 @by_kind

@@ -10,11 +10,11 @@ from typing import Any
 import make_mtp_qwen4
 import numpy as np
 import pytest
+from cell_keys import keys_of
 from mtp_checkpoints import DELETE, job, part_experts, planned, reconfigure, without
 from planted_faults import Draft, Edit
 from published import published_config
 from safetensors.numpy import load_file, save_file
-from test_dialects import keys_of
 from test_kind_diagnosis import that_mend, view_of
 from test_mtp import refusal
 from test_mtp_dialect import SPEC, of_kind

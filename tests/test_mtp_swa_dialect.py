@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from cell_keys import assert_comes_back, keys_of, shown, tensor_names
 from hypothesis import given
 from hypothesis import strategies as st
 from published import FIXTURES
-from test_dialects import keys_of, shown, tensor_names
 
 from convert_drafter.converters.dialects import Cell, llama_cpp_mtp_swa, objections, read, write
 from convert_drafter.converters.errors import BadFact, WrongInput
@@ -120,17 +120,7 @@ def specs(draw: st.DrawFn) -> DrafterSpec:
 @by_cell
 @given(spec=specs())
 def test_what_is_written_comes_back(cell: Cell, spec: DrafterSpec) -> None:
-    spec = of_kind(spec, cell)
-    assert objections(cell, spec) == []
-    assert spec_from({"kind": cell.kind, **read(cell, keys_of(cell, spec))}) == spec
-
-
-@by_cell
-def test_keys_of_llama_cpp_alone_tell_all_facts(cell: Cell) -> None:
-    """Its own converter notes neither the target's depth nor its width."""
-    spec = of_kind(SPEC, cell)
-    keys = {name: entry for name, entry in keys_of(cell, spec).items() if not name.startswith("drafter.")}
-    assert spec_from({"kind": cell.kind, **read(cell, keys)}) == spec
+    assert_comes_back(cell, of_kind(spec, cell))
 
 
 @by_cell
