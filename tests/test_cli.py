@@ -14,6 +14,7 @@ from typing import Protocol
 
 import numpy as np
 import pytest
+from json_results import checked
 from published import (
     DELETE,
     PAIR,
@@ -91,11 +92,11 @@ def test_target_gguf_stands_in_the_launch_line(tmp_path: Path, run: Run) -> None
 
 def test_results_as_json(tmp_path: Path, run: Run, convert: Run) -> None:
     source = small_checkpoint(tmp_path / "drafter")
-    report = json.loads(convert(source, tmp_path / "out.gguf", "--json").stdout)
+    report = checked(convert(source, tmp_path / "out.gguf", "--report", "--json").stdout)
     assert report["out_bytes"] == (tmp_path / "out.gguf").stat().st_size
-    plan = json.loads(convert(source, tmp_path / "no.gguf", "--json", "--dry-run").stdout)
+    plan = checked(convert(source, tmp_path / "no.gguf", "--json", "--dry-run").stdout)
     assert plan["tensors"] == report["tensors"]
-    facts = json.loads(run("inspect", source, "--json").stdout)["facts"]
+    facts = checked(run("inspect", source, "--json").stdout)["facts"]
     assert facts["rope.theta"] == {"value": 1e7, "origin": "rope_parameters.rope_theta"}
 
 
@@ -126,7 +127,7 @@ def test_a_missing_fact_can_be_given(tmp_path: Path, run: Run, convert: Run) -> 
     assert "block_size: missing" in done.stderr
     assert "--set dflash_config.block_size=VALUE" in done.stderr
     convert(source, tmp_path / "out.gguf", "--set", "dflash_config.block_size=16")
-    found = json.loads(run("inspect", tmp_path / "out.gguf", "--json").stdout)
+    found = checked(run("inspect", tmp_path / "out.gguf", "--json").stdout)
     assert found["facts"]["block_size"]["value"] == 16
     assert found["keys"]["drafter.source.settings"] == ["dflash_config.block_size=16"]
 
@@ -156,7 +157,7 @@ def test_lists_come_from_the_tables(what: str, run: Run) -> None:
     tables = {"kinds": KINDS, "dialects": archs, "recipes": RECIPES, "kept": kept, "types": TYPES}
     done = run("list", what)
     assert all(name in done.stdout for name in tables[what])
-    rows = json.loads(run("list", what, "--json").stdout)
+    rows = checked(run("list", what, "--json").stdout)["rows"]
     assert len(rows) == sum(line.strip() != "" for line in done.stdout.splitlines()) - 1
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import gguf
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFValueType
+from json_results import checked
 from published import PAIR
 from test_cli import Run, run  # noqa: F401
 from test_importance import entry, gguf_bytes
@@ -295,7 +295,7 @@ def test_fallbacks_are_announced_and_can_be_refused(tmp_path: Path, run: Run) ->
 
 def test_errors_are_measured(tmp_path: Path, run: Run) -> None:  # noqa: F811
     source, out, name = model(tmp_path / "in.gguf"), tmp_path / "out.gguf", "blk.0.attn_v.weight"
-    done = json.loads(run("quantize", source, out, "Q3_K_S", "--report", "--json").stdout)
+    done = checked(run("quantize", source, out, "Q3_K_S", "--report", "--json").stdout)
     expected = measure(weights_of(source, name), weights_of(out, name))
     found = done["errors"][name]
     assert found["rmse"] == pytest.approx(expected.rmse)
@@ -308,9 +308,9 @@ def test_errors_are_measured(tmp_path: Path, run: Run) -> None:  # noqa: F811
 
 def test_a_dry_run_tells_sizes_and_writes_nothing(tmp_path: Path, run: Run) -> None:  # noqa: F811
     source, out = model(tmp_path / "in.gguf"), tmp_path / "out.gguf"
-    plan = json.loads(run("quantize", source, out, "q4_k_m", "--dry-run", "--json").stdout)
+    plan = checked(run("quantize", source, out, "q4_k_m", "--dry-run", "--json").stdout)
     assert not out.exists()
-    done = json.loads(run("quantize", source, out, "Q4_K_M", "--json").stdout)
+    done = checked(run("quantize", source, out, "Q4_K_M", "--json").stdout)
     stored = read_gguf(out).tensors.values()
     assert plan["bytes"] == done["bytes"] == sum(tensor.n_bytes for tensor in stored)
     assert plan["bits_per_weight"] == pytest.approx(8 * plan["bytes"] / sum(t.n_elements for t in stored))

@@ -18,6 +18,7 @@ import pytest
 from gguf import GGMLQuantizationType, GGUFValueType
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from json_results import checked
 from published import (
     PAIR,
     dflash_shapes,
@@ -832,7 +833,7 @@ def test_the_command_s_json(pair: Made, tmp_path: Path, capsys: pytest.CaptureFi
     out = tmp_path / "out.gguf"
     more = ["--dry-run"] if dry else []
     code, said, _ = run(capsys, pair.files["llama.cpp"], "--for", "lucebox", "-o", out, "--json", *more)
-    found = json.loads(said)
+    found = checked(said)
     assert code == 0
     assert (found["from"], found["for"], len(found["tensors"])) == ("llama.cpp", "lucebox", 25)
     assert found["facts"]["capture_layers"] == {"value": [0, 2, 4], "origin": "dflash.target_layers"}

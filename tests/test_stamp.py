@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from fake_llama_server import HELP, make
+from json_results import checked
 from published import PAIR, small_checkpoint
 from target_gguf import split_gguf, write_target
 
@@ -382,7 +383,8 @@ def test_if_changed_of_convert_and_quantize(job: ConvertJob, tmp_path: Path, run
     assert run(*words).startswith(f"wrote {job.out}")
     before = job.out.stat()
     assert run(*words) == f"{job.out} is up to date\n"
-    assert json.loads(run(*words, "--json")) == {"out": str(job.out), "up_to_date": True}
+    said = checked(run(*words, "--json"))
+    assert (said["schema"], said["out"], said["up_to_date"]) == ("convert-drafter/conversion", str(job.out), True)
     assert job.out.stat() == before
     assert run(*words, "--set", "rope_parameters.rope_theta=5000").startswith("wrote")
     small = ("quantize", job.out, tmp_path / "small.gguf", "Q8_0", "--if-changed")

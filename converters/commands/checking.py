@@ -16,7 +16,7 @@ from convert_drafter.converters.commands.options import (
     settings_option,
     verify_options,
 )
-from convert_drafter.converters.commands.output import emit, errors, phases, progress, results
+from convert_drafter.converters.commands.output import emit, emit_result, errors, phases, progress, results
 from convert_drafter.converters.doctor import doctor
 from convert_drafter.converters.errors import plain
 from convert_drafter.converters.inspection import inspect
@@ -42,7 +42,7 @@ def inspect_command(path: Path, target: Path | None, settings: dict[str, str], a
     """
     inspection = inspect(path, settings, target)
     show.warnings(errors, inspection.warnings)
-    emit(as_json, inspection.as_json(), lambda: show.inspection(inspection))
+    emit_result(as_json, "inspection", inspection.as_json(), lambda: show.inspection(inspection))
 
 
 @click.command("doctor")

@@ -6,7 +6,7 @@ import click
 
 from convert_drafter.converters.commands import show
 from convert_drafter.converters.commands.options import json_option
-from convert_drafter.converters.commands.output import emit
+from convert_drafter.converters.commands.output import emit_result
 
 
 @click.command("list")
@@ -19,4 +19,4 @@ def list_command(what: str, as_json: bool) -> None:
     convert-drafter list dialects
     """
     rows = show.LISTS[what]()
-    emit(as_json, rows, lambda: show.listing(rows))
+    emit_result(as_json, "list", {"rows": rows}, lambda: show.listing(rows))

@@ -18,7 +18,7 @@ from convert_drafter.converters.commands.options import (
     runtime_option,
     settings_option,
 )
-from convert_drafter.converters.commands.output import emit, emit_made, errors, progress
+from convert_drafter.converters.commands.output import emit_made, emit_result, errors, progress
 from convert_drafter.converters.convert import ConvertJob, prepare, write_conversion
 from convert_drafter.converters.quantize import QuantizeJob, prepare_quantize, write_quantization
 from convert_drafter.converters.redialect import RedialectJob, prepare_redialect, write_redialection
@@ -53,11 +53,11 @@ def convert(dry_run: bool, only_changed: bool, as_json: bool, **options: Any) ->
     conversion = prepare_attach(job) if job.attach else prepare(job)
     show.warnings(errors, conversion.warnings)
     if dry_run:
-        emit(as_json, show.plan_json(conversion), lambda: show.plan(conversion))
+        emit_result(as_json, "conversion", show.plan_json(conversion), lambda: show.plan(conversion))
         return
     with progress(conversion.job.out.name, conversion.n_bytes) as advance:
         report = if_changed(conversion, only_changed, lambda: write_conversion(conversion, advance))
-    emit_made(as_json, report, job.out, show.report_json, show.report)
+    emit_made(as_json, "conversion", report, job.out, show.report_json, show.report)
 
 
 @click.command()
@@ -79,11 +79,13 @@ def quantize(dry_run: bool, only_changed: bool, as_json: bool, **options: Any) -
     decided = prepare_quantize(QuantizeJob(**options))
     show.warnings(errors, decided.warnings)
     if dry_run:
-        emit(as_json, show_quantize.quantization_json(decided), lambda: show_quantize.quantization(decided))
+        plan = show_quantize.quantization_json(decided)
+        emit_result(as_json, "quantization", plan, lambda: show_quantize.quantization(decided))
         return
     with progress(decided.job.out.name, decided.n_bytes) as advance:
         report = if_changed(decided, only_changed, lambda: write_quantization(decided, advance))
-    emit_made(as_json, report, decided.job.out, show_quantize.quantized_json, show_quantize.quantized)
+    data, text = show_quantize.quantized_json, show_quantize.quantized
+    emit_made(as_json, "quantization", report, decided.job.out, data, text)
 
 
 @click.command()
@@ -108,8 +110,8 @@ def redialect(dry_run: bool, as_json: bool, **options: Any) -> None:
     decided = prepare_redialect(RedialectJob(**options))
     show.warnings(errors, decided.warnings)
     if dry_run:
-        emit(as_json, show.redialection_json(decided), lambda: show.redialection(decided))
+        emit_result(as_json, "redialection", show.redialection_json(decided), lambda: show.redialection(decided))
         return
     with progress(decided.job.out.name, decided.n_bytes) as advance:
         report = write_redialection(decided, advance)
-    emit(as_json, show.redialected_json(report), lambda: show.redialected(report))
+    emit_result(as_json, "redialection", show.redialected_json(report), lambda: show.redialected(report))

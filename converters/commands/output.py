@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,18 +29,27 @@ from convert_drafter.converters.verify.measured import Watch
 
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 results = Console(highlight=False)
+VERSION = 1  # of results.schema.json
 
 
 def emit(as_json: bool, data: Any, text: Callable[[], str]) -> None:
     click.echo(json.dumps(data, indent=2, default=str) if as_json else text())
 
 
-def emit_made(as_json: bool, report: Any, out: Path, data: Callable[[Any], Any], text: Callable[[Any], str]) -> None:
+def emit_result(as_json: bool, name: str, data: Mapping[str, Any], text: Callable[[], str]) -> None:
+    """As `emit`, after the name and version of what it is; results.schema.json has them all."""
+    emit(as_json, {"schema": f"convert-drafter/{name}", "version": VERSION, **data}, text)
+
+
+def emit_made(
+    as_json: bool, name: str, report: Any, out: Path, data: Callable[[Any], Any], text: Callable[[Any], str]
+) -> None:
     """What was made; no report where it was up to date."""
     if report is None:
-        emit(as_json, {"out": str(out), "up_to_date": True}, lambda: plain(f"{out} is up to date"))
+        up_to_date = {"out": str(out), "up_to_date": True}
+        emit_result(as_json, name, up_to_date, lambda: plain(f"{out} is up to date"))
     else:
-        emit(as_json, data(report), lambda: text(report))
+        emit_result(as_json, name, data(report), lambda: text(report))
 
 
 @contextmanager
