@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ended import gone
 from fake_llama_server import DRAFTING, HELP, LEGACY, make, notes
 
 from convert_drafter.converters.errors import MissingEngine, WrongInput
@@ -61,20 +62,6 @@ def answers(
     files: tuple[Path, Path], program: Engine, drafter: bool = True, limits: Limits = SOON, **more: Any
 ) -> EngineRun:
     return run_prompts(program, files[0], PROMPTS, NEW, files[1] if drafter else None, 3, limits=limits, **more)
-
-
-def gone(pid: int, patience: float = 10.0) -> bool:
-    """Whether a process has ended; one that only waits to be reaped has."""
-    deadline = time.monotonic() + patience
-    while time.monotonic() < deadline:
-        try:
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                return True
-            os.kill(pid, 0)
-        except (FileNotFoundError, ProcessLookupError):
-            return True
-        time.sleep(0.02)
-    return False
 
 
 def started(program: Path) -> list[int]:
