@@ -98,8 +98,8 @@ def read_card(
     measured = _verdicts(verdicts, [drafter.file.path for drafter in drafters])
     sums = [hash_file(drafter.file.path, advance=advance).sha256 for drafter in drafters]
     files = (
-        CardFile(drafter, sum, tuple(measured.get(drafter.file.path.name, ())))
-        for drafter, sum in zip(drafters, sums, strict=True)
+        CardFile(drafter, sha256, tuple(measured.get(drafter.file.path.name, ())))
+        for drafter, sha256 in zip(drafters, sums, strict=True)
     )
     return Card(tuple(files), license)
 

@@ -31,7 +31,7 @@ from convert_drafter.converters.gguf_file import (
 )
 
 E = TypeVar("E", GGUFValueType, GGMLQuantizationType)
-Read = Callable[[int], bytes]  # so many bytes of a file, from its start on
+ReadOn = Callable[[int], bytes]  # so many bytes of a file, from its start on
 SPLIT_COUNT = "split.count"
 MAX_METADATA = 2**26  # bytes; the largest vocabularies fill a third
 LONG = 1024  # entries of a list that skimming walks over; what tells a layer from another is shorter
@@ -94,7 +94,7 @@ class _Cursor:
 
     at_once, whole = 2**20, True  # bytes read at a time; whether a part of a model is refused
 
-    def __init__(self, path: Path, read: Read, size: int) -> None:
+    def __init__(self, path: Path, read: ReadOn, size: int) -> None:
         self.path, self.read, self.size = path, read, size
         self.at, self.data, self.limit = 0, bytearray(), min(self.size, MAX_METADATA)
 
@@ -163,7 +163,7 @@ class _Skimmer(_Cursor):
 
     at_once, whole = 2**14, False
 
-    def __init__(self, path: Path, read: Read, size: int) -> None:
+    def __init__(self, path: Path, read: ReadOn, size: int) -> None:
         super().__init__(path, read, size)
         self.skipped: dict[str, Skipped] = {}
 
@@ -240,7 +240,7 @@ def _read(path: Path, walker: type[_Cursor]) -> tuple[GGUFFile, _Cursor, list[in
     return found, cursor, relative
 
 
-def walk_metadata(path: Path, read: Read, size: int) -> None:
+def walk_metadata(path: Path, read: ReadOn, size: int) -> None:
     """Read all metadata of a file that comes bit by bit, of `size` bytes; `WrongInput` where it cannot be read."""
     _walk(_Skimmer(path, read, size))
 

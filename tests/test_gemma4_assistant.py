@@ -37,7 +37,10 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def spoiled(folder: Path, **changes: Any) -> Path:
     """An assistant with other facts in its config, by dotted paths given with `__` for the dots."""
-    made = make_gemma4_assistant.assistant(folder / "assistant")
+    return with_facts(make_gemma4_assistant.assistant(folder / "assistant"), changes)
+
+
+def with_facts(made: Path, changes: dict[str, Any]) -> Path:
     path = made / "config.json"
     spelled = {key.replace("__", "."): value for key, value in changes.items()}
     path.write_text(json.dumps(changed(json.loads(path.read_text()), spelled)))

@@ -121,10 +121,11 @@ def answers(theirs: Path, folder: Path, files: dict[str, Path]) -> dict[str, Ans
     }
 
 
-def same_drafts(folder: Path, file: Path, prompts: Sequence[list[int]], answers: Answers) -> tuple[int, int, int]:
+def same_drafts(
+    target: TorchTarget, drafter: Any, prompts: Sequence[list[int]], answers: Answers
+) -> tuple[int, int, int]:
     """(drafts that the reference drafts as well after the same drafts before them, all drafts, different tokens)"""
     torch.set_num_threads(1)
-    target, drafter = TorchTarget(folder), reference(*gguf_weights(file))
     captures, pairs = captures_of(drafter.spec), list[tuple[int, int]]()
     for prompt, (tokens, steps) in zip(prompts, answers, strict=True):
         text = [*prompt, *tokens]
@@ -150,7 +151,9 @@ def test_drafts_are_the_reference_s(
     name: str, folder: Path, files: dict[str, Path], answers: dict[str, Answers]
 ) -> None:
     """At F32 at least 99 of 100 drafts, of prompts longer than the window."""
-    same, drafted, tokens = same_drafts(folder / name / "target", files[name], PROMPTS, answers[name])
+    same, drafted, tokens = same_drafts(
+        TorchTarget(folder / name / "target"), reference(*gguf_weights(files[name])), PROMPTS, answers[name]
+    )
     print(f"{name}: {same} of {drafted} drafts, {tokens} different tokens")
     assert drafted > 3000 and tokens > 200 and same >= 0.99 * drafted, (same, drafted, tokens)
 
@@ -189,7 +192,9 @@ def test_a_fault_costs_drafts_and_never_the_text(
     target, log = theirs / "heads-target-F32.gguf", tmp_path / "spoilt.log"
     found = ask(target, log, "-md", str(spoilt), *DRAFTING, *EXACT, prompts=PROMPTS[:3])
     assert [text for text, _ in found] == [text for text, _ in answers["heads"][:3]]
-    same, drafted, _ = same_drafts(folder / "heads" / "target", files["heads"], PROMPTS[:3], found)
+    same, drafted, _ = same_drafts(
+        TorchTarget(folder / "heads" / "target"), reference(*gguf_weights(files["heads"])), PROMPTS[:3], found
+    )
     assert same < 0.9 * drafted, (same, drafted)
 
 

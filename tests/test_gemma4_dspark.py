@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,9 @@ import numpy as np
 import pytest
 from published import DELETE, changed, published_config
 from safetensors.numpy import load_file, save_file
-from test_gemma4_assistant import rewritten
+from test_gemma4_assistant import job, rewritten, with_facts
 
-from convert_drafter.converters import ConvertJob, convert, doctor, inspect
+from convert_drafter.converters import convert, doctor, inspect
 from convert_drafter.converters.convert import prepare, read_published
 from convert_drafter.converters.errors import Problems, WrongInput
 from convert_drafter.converters.gguf_read import read_gguf
@@ -32,15 +31,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def spoiled(folder: Path, **changes: Any) -> Path:
     """A drafter with other facts in its config alone, by dotted paths given with `__` for the dots."""
-    made = make_gemma4_dspark.dspark(folder / "drafter")
-    path = made / "config.json"
-    spelled = {key.replace("__", "."): value for key, value in changes.items()}
-    path.write_text(json.dumps(changed(json.loads(path.read_text()), spelled)))
-    return made
-
-
-def job(source: Path, target: Path, out: Path, recipe: str = "F32", **options: Any) -> ConvertJob:
-    return ConvertJob(source, target, "llama.cpp", recipe, out, **options)
+    return with_facts(make_gemma4_dspark.dspark(folder / "drafter"), changes)
 
 
 def test_facts(target: Path, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from llama_source import run_converter
 from published import FIXTURES
 from test_against_llama_cpp import differences, facts_of_file, listed_for, verdict
 from test_gemma4_assistant import rewritten
-from test_gemma4_assistant_engine import EXACT
-from test_mtp_engine import PROMPTS, Answers, ask, walk
+from test_gemma4_assistant_engine import EXACT, same_drafts
+from test_mtp_engine import PROMPTS, ask
 from test_quantize_engine import assert_same_file, llama_quantize
 
 from convert_drafter.converters import ConvertJob, QuantizeJob, VerifyJob, convert, quantize, verify
@@ -106,20 +106,6 @@ def test_a_quantized_drafter_is_llama_quantize_s(folder: Path, tmp_path: Path, r
 # --- the same drafts ---
 
 
-def same_drafts(target: TorchTarget, drafter: Any, answers: Answers) -> tuple[int, int, int]:
-    """(drafts that the reference drafts as well after the same drafts before them, all drafts, different tokens)"""
-    captures, pairs = drafter.spec.capture_layers, list[tuple[int, int]]()
-    for prompt, (tokens, steps) in zip(TEXTS, answers, strict=True):
-        text = [*prompt, *tokens]
-        states = target.write(text, 1, captures)[1]
-        context = drafter.read(None, torch.cat([states[k] for k in captures], dim=-1), text, target.tables)
-        for position, drafts, _ in walk(text, len(prompt), steps):
-            until = drafter.until(context, position)
-            ours = drafter.draft(until, text[position], len(drafts), target.tables, drafts).tokens.tolist()
-            pairs += zip(ours, drafts, strict=True)
-    return sum(a == b for a, b in pairs), len(pairs), len({b for _, b in pairs})
-
-
 @pytest.mark.parametrize("name", ["published", "tied, whole heads turn", "a window"])
 def test_drafts_are_the_reference_s(name: str, folder: Path, theirs: Path, tmp_path: Path) -> None:
     """At F32 at least 99 of 100 drafts, of prompts longer than the window."""
@@ -127,7 +113,7 @@ def test_drafts_are_the_reference_s(name: str, folder: Path, theirs: Path, tmp_p
     file = converted(folder, name, tmp_path / "ours.gguf")
     options = ("-md", str(file), *DRAFTING, *CACHE, *EXACT)
     answers = ask(theirs / "target.gguf", tmp_path / "server.log", *options, prompts=TEXTS)
-    same, drafted, tokens = same_drafts(TorchTarget(folder / "target"), reference(*gguf_weights(file)), answers)
+    same, drafted, tokens = same_drafts(TorchTarget(folder / "target"), reference(*gguf_weights(file)), TEXTS, answers)
     print(f"{name}: {same} of {drafted} drafts, {tokens} different tokens")
     assert drafted > 700 and tokens > 100 and same >= 0.99 * drafted, (same, drafted, tokens)
 
@@ -140,8 +126,8 @@ def test_llama_cpp_leaves_the_cap_out(folder: Path, theirs: Path, tmp_path: Path
     answers = ask(theirs / "target.gguf", tmp_path / "server.log", *options, prompts=TEXTS)
     target, (spec, weights) = TorchTarget(folder / "target"), gguf_weights(file)
     assert spec.logit_softcap == make_gemma4_dspark.CAP
-    as_there = same_drafts(target, reference(replace(spec, logit_softcap=None), weights), answers)
-    as_trained = same_drafts(target, reference(spec, weights), answers)
+    as_there = same_drafts(target, reference(replace(spec, logit_softcap=None), weights), TEXTS, answers)
+    as_trained = same_drafts(target, reference(spec, weights), TEXTS, answers)
     print(f"of {as_there[1]} drafts {as_there[0]} without the cap, {as_trained[0]} with it")
     assert as_there[0] >= 0.99 * as_there[1] > 700 and as_trained[0] < 0.95 * as_there[1]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from convert_drafter.converters.dialects.cell import ARRAY, I32, U32, Codec, Facts, Row
-from convert_drafter.converters.dialects.llama_cpp_mtp import QWEN35MOE
+from convert_drafter.converters.dialects.llama_cpp_mtp import QWEN35MOE, without
 from convert_drafter.converters.dialects.llama_cpp_mtp_latent import INDEXER_ROWS
 from convert_drafter.converters.errors import WrongInput
 
@@ -29,7 +29,7 @@ QWEN4EXP = replace(
     arch="qwen4exp",
     rows=(
         *QWEN35MOE.rows,
-        *(row for row in INDEXER_ROWS if row.field != "indexer.layers"),
+        *without(INDEXER_ROWS, "indexer.layers"),
         Row("{a}.attention.compress_ratios", ARRAY, "indexer.pool_size", OF_LAYERS, element=I32, required=True),
         Row("{a}.hyper_connection.count", U32, "streams.count"),
         Row("{a}.hyper_connection.low_rank", U32, "streams.rank"),
