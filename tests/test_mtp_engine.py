@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ PROMPTS = [json.loads(line)["tokens"] for line in make_mtp.PROMPTS.read_text().s
 NEW_TOKENS = 128
 RECIPES = ("F32", "F16", "BF16", "Q8_0")
 RANDOM = [name for name in SOURCES if name not in ("trained", "mimo-ranks")]  # FP8 weights are another target's
+RELEASED = "stop processing"  # the line after a prompt's last draft
 TRACED = re.compile(r"draft candidate +0, pos +(\d+): +(\d+) ")  # what llama-server drafts, as its trace has it
 # What is computed in 32 bits throughout: flash attention rounds to 16, which flips a choice of experts now and then.
 EXACT = ["-ctk", "f32", "-ctv", "f32", "-fa", "off"]
@@ -153,12 +155,21 @@ def ask(model: Path, log: Path, *options: str, prompts: Sequence[list[int]] = PR
             start = log.stat().st_size
             tokens = server.complete(prompt, NEW_TOKENS)["tokens"]
             steps: list[list[int]] = []
-            for place, token in TRACED.findall(log.read_bytes()[start:].decode(errors="replace")):
+            for place, token in TRACED.findall(written(log, start)) if options else ():
                 if place == "0":
                     steps.append([])
                 steps[-1].append(int(token))
             answers.append((tokens, steps))
     return answers
+
+
+def written(log: Path, start: int) -> str:
+    """What the server wrote of a prompt, all of it: a thread of its own writes, in order, and may be late."""
+    deadline = time.monotonic() + 60
+    while RELEASED not in (text := log.read_bytes()[start:].decode(errors="replace")):
+        assert time.monotonic() < deadline, f"{log}: no {RELEASED!r} after the answer"
+        time.sleep(0.01)
+    return text
 
 
 def walk(
