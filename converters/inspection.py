@@ -18,6 +18,7 @@ from convert_drafter.converters.gguf_read import GGUFFile, read_gguf
 from convert_drafter.converters.hub_gguf import fetch_header, holds_gguf
 from convert_drafter.converters.plan import plan_tensors
 from convert_drafter.converters.recipes import RECIPES
+from convert_drafter.converters.repository import GGUF
 from convert_drafter.converters.spec import DrafterSpec, facts_of, required, spec_from
 
 
@@ -62,16 +63,17 @@ def inspect(path: Path, settings: Mapping[str, str] | None = None, target: Path 
 
     Raises `WrongInput` where it cannot be read.
     """
-    if holds_gguf(path):
+    if _is_gguf(path):
         return replace(inspect_gguf(fetch_header(path)), path=path)
-    if path.is_file() and _is_gguf(path):
-        return inspect_gguf(path)
     return inspect_checkpoint(path, settings, target)
 
 
 def _is_gguf(path: Path) -> bool:
-    with file_access(path, "read"), path.open("rb") as file:
-        return path.suffix == ".gguf" or file.read(4) == b"GGUF"
+    """By its name alone where nothing is there, so that what is missed is a GGUF."""
+    if path.is_file():
+        with file_access(path, "read"), path.open("rb") as file:
+            return path.suffix == GGUF or file.read(4) == b"GGUF"
+    return holds_gguf(path) or (path.suffix == GGUF and not path.exists())
 
 
 def inspect_checkpoint(path: Path, settings: Mapping[str, str] | None = None, target: Path | None = None) -> Inspection:

@@ -536,8 +536,11 @@ def test_the_page_s_commands_run(
 
 
 def test_a_slash_before_a_file_is_the_disk_s(hub: FakeHub) -> None:
-    with pytest.raises(WrongInput, match=r"nothing of this name; a GGUF in a repository on the hub: org/one:x\.gguf"):
-        doctor(Path("org/one/x.gguf"))
+    for look in (doctor, inspect, fetch_whole):
+        with pytest.raises(
+            WrongInput, match=r"nothing of this name; a GGUF in a repository on the hub: org/one:x\.gguf"
+        ):
+            look(Path("org/one/x.gguf"))
 
 
 def test_a_scan_takes_no_file_with_holes_for_a_model(gguf_hub: FakeHub, tmp_path: Path) -> None:
